@@ -1,0 +1,29 @@
+// The loops for AVX-512. What other files share comes first, so that none of it is compiled for this set.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "kernels/kernels.h"
+
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2,prefer-vector-width=512")
+#endif
+#define SCORESDE_ISA avx512
+#include "kernels/cpu_loops.h"
+
+namespace scoresde::avx512 {
+const CpuKernels& table() {
+  return kernels("avx512");
+}
+}  // namespace scoresde::avx512
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif

@@ -1,0 +1,359 @@
+// The CPU loops around the functors of csrc/math, compiled once for each instruction set (cpu_generic.cpp, cpu_avx2.cpp, cpu_avx512.cpp).
+//
+// A tile is a stretch of memory that fits in the L1 cache. Inside it every pass is one flat loop over arrays in the compute type, which
+// the compiler vectorises; storage types are converted on the way in and out. Coefficients are either one number for the tile (a piece
+// of a long row) or spread to one number an element (several short rows).
+
+#include "kernels/kernels.h"
+#include "math/affine.h"
+#include "math/philox.h"
+#include "math/runge_kutta.h"
+
+namespace scoresde::SCORESDE_ISA {
+
+constexpr int64_t tile_size = Tiling::tile;
+
+template <class A>
+struct alignas(64) Scratch {
+  A values[tile_size];
+};
+
+// A tile: whole rows [row, row + rows), or columns [col, col + n) of one row; in both cases n elements from `offset` on.
+struct Tile {
+  int64_t row, rows, col, offset, n, index;
+};
+
+inline Tile tile_at(const Tiling& t, int64_t i) {
+  if (t.tiles_per_row > 1) {
+    const int64_t row = i / t.tiles_per_row, col = (i % t.tiles_per_row) * tile_size;
+    const int64_t n = t.cols - col < tile_size ? t.cols - col : tile_size;
+    return {row, 1, col, row * t.cols + col, n, i};
+  }
+  const int64_t row = i * t.rows_per_tile;
+  const int64_t rows = t.rows - row < t.rows_per_tile ? t.rows - row : t.rows_per_tile;
+  return {row, rows, 0, row * t.cols, rows * t.cols, row};
+}
+
+// Elements of a tile in the compute type: where they lie, or a converted copy.
+template <class T, class A>
+const A* load(const void* array, const Tile& t, Scratch<A>& scratch) {
+  const T* from = static_cast<const T*>(array) + t.offset;
+  if constexpr (sizeof(T) == sizeof(A)) {
+    return reinterpret_cast<const A*>(from);
+  } else {
+    for (int64_t i = 0; i < t.n; ++i) scratch.values[i] = static_cast<A>(widen(from[i]));
+    return scratch.values;
+  }
+}
+
+// Where results of a tile are to be written, and the conversion afterwards.
+template <class T, class A>
+A* target(void* array, const Tile& t, Scratch<A>& scratch) {
+  if constexpr (sizeof(T) == sizeof(A)) {
+    if (array) return reinterpret_cast<A*>(static_cast<T*>(array) + t.offset);
+  }
+  return scratch.values;
+}
+
+template <class T, class A>
+void store(void* array, const Tile& t, const A* values) {
+  if constexpr (sizeof(T) != sizeof(A)) {
+    T* to = static_cast<T*>(array) + t.offset;
+    for (int64_t i = 0; i < t.n; ++i) to[i] = narrow<T>(values[i]);
+  }
+}
+
+template <class A>
+A at_row(Coefficient c, int64_t row) {
+  return static_cast<const A*>(c.data)[row * c.stride];
+}
+
+// A coefficient as seen by a flat loop over a tile.
+template <class A>
+struct Constant {
+  A value;
+  A operator[](int64_t) const { return value; }
+};
+
+template <class A>
+const A* spread(Coefficient c, const Tile& t, int64_t cols, Scratch<A>& scratch) {
+  for (int64_t r = 0; r < t.rows; ++r) {
+    const A v = at_row<A>(c, t.row + r);
+    for (int64_t j = 0; j < cols; ++j) scratch.values[r * cols + j] = v;
+  }
+  return scratch.values;
+}
+
+// Calls body(c) with the coefficient as a constant or as an array.
+template <class A, class Body>
+void with_coefficient(Coefficient c, const Tile& t, int64_t cols, Body body) {
+  if (t.rows == 1 || c.stride == 0) {
+    body(Constant<A>{at_row<A>(c, t.row)});
+  } else {
+    Scratch<A> scratch;
+    body(spread(c, t, cols, scratch));
+  }
+}
+
+// ---- noise ------------------------------------------------------------------------------------------------------------------------
+
+inline Stream stream_of(const Noise& noise, int64_t row) {
+  const uint64_t id = static_cast<uint64_t>(noise.ids ? noise.ids[row] : row);
+  return {static_cast<uint64_t>(noise.key[0]), id, static_cast<uint32_t>(noise.key[1] + noise.draw)};
+}
+
+// The Philox blocks of a tile: which block of which stream. A row's last block may stick out of the row.
+struct Blocks {
+  static constexpr int64_t most = tile_size / 4;
+  int64_t n;
+  alignas(64) uint32_t block[most], id_low[most], id_high[most];
+};
+
+// Kept out of line: one copy of the loop for all kernels. Results come one array a word, so that the loop is a plain vector loop.
+__attribute__((noinline)) inline void normals_of_blocks(uint64_t seed, uint32_t draw, const Blocks& b, float (&z)[4][Blocks::most]) {
+  for (int64_t i = 0; i < b.n; ++i) {
+    const Words w = philox({b.block[i], draw, b.id_low[i], b.id_high[i]}, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+    const Pair first = normals_from(w.x, w.y), second = normals_from(w.z, w.w);
+    z[0][i] = first.a;
+    z[1][i] = first.b;
+    z[2][i] = second.a;
+    z[3][i] = second.b;
+  }
+}
+
+// Standard normals of a tile, in element order.
+template <class A>
+void fill_normals(const Noise& noise, const Tile& t, int64_t cols, A* __restrict z) {
+  const int64_t width = t.rows == 1 ? t.n : cols, blocks = (width + 3) / 4;
+  Blocks b;
+  b.n = t.rows * blocks;
+  for (int64_t r = 0; r < t.rows; ++r) {
+    const uint64_t id = stream_of(noise, t.row + r).id;
+    for (int64_t k = 0; k < blocks; ++k) {
+      b.block[r * blocks + k] = static_cast<uint32_t>(t.col / 4 + k);
+      b.id_low[r * blocks + k] = static_cast<uint32_t>(id);
+      b.id_high[r * blocks + k] = static_cast<uint32_t>(id >> 32);
+    }
+  }
+  alignas(64) float words[4][Blocks::most];
+  const Stream s = stream_of(noise, t.row);
+  normals_of_blocks(s.seed, s.draw, b, words);
+  for (int64_t r = 0; r < t.rows; ++r) {
+    const int64_t first = r * blocks, whole = width / 4;
+    for (int64_t k = 0; k < whole; ++k) {
+      for (int64_t l = 0; l < 4; ++l) z[r * width + 4 * k + l] = words[l][first + k];
+    }
+    for (int64_t j = 4 * whole; j < width; ++j) z[r * width + j] = words[j % 4][first + whole];
+  }
+}
+
+// The noise of a tile in the compute type, whatever its source.
+template <class T, class A>
+const A* load_noise(const Noise& noise, const Tile& t, int64_t cols, Scratch<A>& scratch) {
+  if (noise.array) return load<T, A>(noise.array, t, scratch);
+  fill_normals(noise, t, cols, scratch.values);
+  return scratch.values;
+}
+
+inline void noise_tiles(const NoiseArgs& args, int64_t begin, int64_t end) {
+  const Tiling tiling(args.rows, args.cols);
+  for (int64_t i = begin; i < end; ++i) {
+    const Tile t = tile_at(tiling, i);
+    if (args.law == Law::normal) {
+      fill_normals(args.noise, t, args.cols, static_cast<float*>(args.values) + t.offset);
+      continue;
+    }
+    const int64_t width = t.rows == 1 ? t.n : args.cols;
+    for (int64_t r = 0; r < t.rows; ++r) {
+      const Stream s = stream_of(args.noise, t.row + r);
+      for (int64_t j = 0; j < width; ++j) {
+        const int64_t element = t.col + j, at = t.offset + r * width + j;
+        const Words w = random_words(s, static_cast<uint32_t>(element / 4));
+        const uint32_t words[4] = {w.x, w.y, w.z, w.w};
+        const uint32_t word = words[element % 4];
+        if (args.law == Law::uniform) {
+          static_cast<float*>(args.values)[at] = uniform_from(word);
+        } else {
+          static_cast<int64_t*>(args.values)[at] = integer_from(word, args.high);
+        }
+      }
+    }
+  }
+}
+
+// ---- sums -------------------------------------------------------------------------------------------------------------------------
+
+// Sum of squares in a fixed order: 16 interleaved sums, then a double. The same on every instruction set and with any thread count.
+template <class A>
+double sum_of_squares(const A* r, int64_t n) {
+  A lanes[16] = {};
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) {
+    for (int64_t l = 0; l < 16; ++l) lanes[l] = mul_add(r[i + l], r[i + l], lanes[l]);
+  }
+  for (int64_t l = 0; i + l < n; ++l) lanes[l] = mul_add(r[i + l], r[i + l], lanes[l]);
+  double sum = 0;
+  for (int64_t l = 0; l < 16; ++l) sum += static_cast<double>(lanes[l]);
+  return sum;
+}
+
+template <class A>
+void row_sums(const A* r, const Tile& t, int64_t cols, double* partials) {
+  const int64_t width = t.rows == 1 ? t.n : cols;
+  for (int64_t row = 0; row < t.rows; ++row) partials[t.index + row] = sum_of_squares(r + row * width, width);
+}
+
+// ---- kernels ----------------------------------------------------------------------------------------------------------------------
+
+template <class T>
+void affine_tiles(const AffineArgs& args, int64_t begin, int64_t end) {
+  using A = compute_t<T>;
+  const Tiling tiling(args.rows, args.cols);
+  Scratch<A> scratch_x, scratch_out, scratch_z, scratch_mean, scratch_next;
+  for (int64_t i = begin; i < end; ++i) {
+    const Tile t = tile_at(tiling, i);
+    const A* x = load<T>(args.x, t, scratch_x);
+    A* mean = target<T>(args.mean, t, scratch_mean);
+    with_coefficient<A>(args.p, t, args.cols, [&](auto p) {
+      if (!args.out) {
+        for (int64_t j = 0; j < t.n; ++j) mean[j] = p[j] * x[j];
+        return;
+      }
+      const A* out = load<T>(args.out, t, scratch_out);
+      with_coefficient<A>(args.q, t, args.cols, [&](auto q) {
+        for (int64_t j = 0; j < t.n; ++j) mean[j] = affine_mean<A>(x[j], out[j], p[j], q[j]);
+      });
+    });
+    if (args.mean) store<T>(args.mean, t, mean);
+    if (!args.next) continue;
+    A* next = target<T>(args.next, t, scratch_next);
+    const A* z = load_noise<T>(args.noise, t, args.cols, scratch_z);
+    with_coefficient<A>(args.n, t, args.cols, [&](auto n) {
+      for (int64_t j = 0; j < t.n; ++j) next[j] = affine_next<A>(mean[j], z[j], n[j]);
+    });
+    store<T>(args.next, t, next);
+  }
+}
+
+template <class T>
+void residual_tiles(const ResidualArgs& args, int64_t begin, int64_t end) {
+  using A = compute_t<T>;
+  const Tiling tiling(args.rows, args.cols);
+  Scratch<A> scratch_out, scratch_z, scratch_r, scratch_grad;
+  for (int64_t i = begin; i < end; ++i) {
+    const Tile t = tile_at(tiling, i);
+    A* r = scratch_r.values;
+    const A* z = args.noise.any() ? load_noise<T>(args.noise, t, args.cols, scratch_z) : nullptr;
+    if (args.c.data) {
+      const A* out = load<T>(args.out, t, scratch_out);
+      with_coefficient<A>(args.c, t, args.cols, [&](auto c) {
+        if (!z) {
+          for (int64_t j = 0; j < t.n; ++j) r[j] = c[j] * out[j];
+          return;
+        }
+        with_coefficient<A>(args.d, t, args.cols, [&](auto d) {
+          for (int64_t j = 0; j < t.n; ++j) r[j] = residual<A>(out[j], z[j], c[j], d[j]);
+        });
+      });
+    } else {
+      with_coefficient<A>(args.d, t, args.cols, [&](auto d) {
+        for (int64_t j = 0; j < t.n; ++j) r[j] = d[j] * z[j];
+      });
+    }
+    row_sums(r, t, args.cols, args.partials);
+    if (!args.grad) continue;
+    A* grad = target<T>(args.grad, t, scratch_grad);
+    with_coefficient<A>(args.c, t, args.cols, [&](auto c) {
+      with_coefficient<A>(args.w, t, args.cols, [&](auto w) {
+        for (int64_t j = 0; j < t.n; ++j) grad[j] = residual_gradient<A>(r[j], A{2} * w[j] * c[j]);
+      });
+    });
+    store<T>(args.grad, t, grad);
+  }
+}
+
+// sum_j a_j k_j over a tile
+template <class T, class A>
+void combine(const void* const* k, const double* a, int32_t stages, const Tile& t, A* sum) {
+  Scratch<A> scratch;
+  for (int64_t j = 0; j < t.n; ++j) sum[j] = 0;
+  for (int32_t s = 0; s < stages; ++s) {
+    const A* ks = load<T>(k[s], t, scratch);
+    const A as = static_cast<A>(a[s]);
+    for (int64_t j = 0; j < t.n; ++j) sum[j] = mul_add(as, ks[j], sum[j]);
+  }
+}
+
+template <class T>
+void stage_tiles(const StageArgs& args, int64_t begin, int64_t end) {
+  using A = compute_t<T>;
+  const Tiling tiling(args.rows, args.cols);
+  Scratch<A> sum, scratch_x, scratch_out, scratch_k, scratch_y, scratch_next;
+  for (int64_t i = begin; i < end; ++i) {
+    const Tile t = tile_at(tiling, i);
+    combine<T>(args.k, args.a, args.stages, t, sum.values);
+    if (args.k_new) {
+      const A* x = load<T>(args.x, t, scratch_x);
+      const A* out = load<T>(args.out, t, scratch_out);
+      A* k_new = target<T>(args.k_new, t, scratch_k);
+      with_coefficient<A>(args.f, t, args.cols, [&](auto f) {
+        with_coefficient<A>(args.q, t, args.cols, [&](auto q) {
+          for (int64_t j = 0; j < t.n; ++j) k_new[j] = affine_mean<A>(x[j], out[j], f[j], q[j]);
+        });
+      });
+      const A a_new = static_cast<A>(args.a_new);
+      for (int64_t j = 0; j < t.n; ++j) sum.values[j] = mul_add(a_new, k_new[j], sum.values[j]);
+      store<T>(args.k_new, t, k_new);
+    }
+    const A* y = load<T>(args.y, t, scratch_y);
+    A* next = target<T>(args.y_next, t, scratch_next);
+    with_coefficient<A>(args.h, t, args.cols, [&](auto h) {
+      for (int64_t j = 0; j < t.n; ++j) next[j] = affine_next<A>(y[j], sum.values[j], h[j]);
+    });
+    store<T>(args.y_next, t, next);
+  }
+}
+
+template <class T>
+void error_tiles(const ErrorArgs& args, int64_t begin, int64_t end) {
+  using A = compute_t<T>;
+  const Tiling tiling(args.rows, args.cols);
+  const A rtol = static_cast<A>(args.rtol), atol = static_cast<A>(args.atol);
+  Scratch<A> sum, scratch0, scratch1;
+  for (int64_t i = begin; i < end; ++i) {
+    const Tile t = tile_at(tiling, i);
+    combine<T>(args.k, args.e, args.stages, t, sum.values);
+    const A* y0 = load<T>(args.y0, t, scratch0);
+    const A* y1 = load<T>(args.y1, t, scratch1);
+    with_coefficient<A>(args.h, t, args.cols, [&](auto h) {
+      for (int64_t j = 0; j < t.n; ++j) sum.values[j] = scaled_error<A>(h[j] * sum.values[j], y0[j], y1[j], rtol, atol);
+    });
+    row_sums(sum.values, t, args.cols, args.partials);
+  }
+}
+
+// ---- dispatch over the storage type -----------------------------------------------------------------------------------------------
+
+#define SCORESDE_BY_DTYPE(function)                                                            \
+  [](const auto& args, int64_t begin, int64_t end) {                                           \
+    switch (args.dtype) {                                                                      \
+      case DType::f32: return function<float>(args, begin, end);                               \
+      case DType::f64: return function<double>(args, begin, end);                              \
+      case DType::bf16: return function<bf16>(args, begin, end);                               \
+      case DType::f16: return function<f16>(args, begin, end);                                 \
+    }                                                                                          \
+  }
+
+inline const CpuKernels& kernels(const char* capability) {
+  static const CpuKernels table{capability,
+                                SCORESDE_BY_DTYPE(affine_tiles),
+                                SCORESDE_BY_DTYPE(residual_tiles),
+                                SCORESDE_BY_DTYPE(stage_tiles),
+                                SCORESDE_BY_DTYPE(error_tiles),
+                                noise_tiles};
+  return table;
+}
+
+#undef SCORESDE_BY_DTYPE
+
+}  // namespace scoresde::SCORESDE_ISA

@@ -1,0 +1,124 @@
+// What csrc/torch asks of csrc/kernels: plain structs of pointers and numbers, and the functions that take them. No torch here.
+//
+// Every array is `rows` dense rows of `cols` elements (row = sample). All arrays of one call share one storage type and one element order.
+#pragma once
+
+#include <cstdint>
+
+namespace scoresde {
+
+enum class DType : int32_t { f32, f64, bf16, f16 };
+
+constexpr int max_stages = 16;  // DOP853 has 12
+
+// One coefficient a row, in the compute type (double for f64, else float): stride 1, or stride 0 for one number for all rows.
+struct Coefficient {
+  const void* data = nullptr;
+  int64_t stride = 0;
+};
+
+// Where the noise of a call comes from: an array, a counter-based stream, or nowhere.
+struct Noise {
+  const void* array = nullptr;    // explicit noise in the storage type of the call
+  const int64_t* key = nullptr;   // {seed, first draw}
+  const int64_t* ids = nullptr;   // a stream id a row; null: the row's number
+  int64_t draw = 0;               // added to the first draw
+  bool any() const { return array != nullptr || key != nullptr; }
+};
+
+// mean = p x + q out; next = mean + n z. `out` may be null (then q is not read), and either result.
+struct AffineArgs {
+  DType dtype;
+  int64_t rows, cols;
+  const void* x;
+  const void* out;
+  Coefficient p, q, n;
+  Noise noise;
+  void* mean;
+  void* next;
+};
+
+// r = c out + d z; loss[row] = w sum r^2; grad = 2 w c r. `c.data` null: out is not read. No noise: d is not read. `grad` may be null.
+struct ResidualArgs {
+  DType dtype;
+  int64_t rows, cols;
+  const void* out;
+  Coefficient c, d, w;
+  Noise noise;
+  void* grad;
+  double* partials;  // row-major (rows, tiles a row): sums of r^2, not yet weighted
+};
+
+// k_new = f x + q out (written where k_new is not null); y_next = y + h (sum_j a_j k_j + a_new k_new)
+struct StageArgs {
+  DType dtype;
+  int64_t rows, cols;
+  int32_t stages;
+  const void* k[max_stages];
+  double a[max_stages];
+  Coefficient h;
+  const void* y;
+  void* y_next;
+  double a_new;
+  const void* x;
+  const void* out;
+  Coefficient f, q;
+  void* k_new;
+};
+
+// partials: sums over a tile of (h sum_j e_j k_j / (atol + rtol max(|y0|, |y1|)))^2
+struct ErrorArgs {
+  DType dtype;
+  int64_t rows, cols;
+  int32_t stages;
+  const void* k[max_stages];
+  double e[max_stages];
+  Coefficient h;
+  const void* y0;
+  const void* y1;
+  double rtol, atol;
+  double* partials;
+};
+
+enum class Law : int32_t { normal, uniform, integer };
+
+struct NoiseArgs {
+  int64_t rows, cols;
+  Noise noise;
+  Law law;
+  uint64_t high;  // integer: uniform on {0, ..., high - 1}
+  void* values;   // float; integer: int64
+};
+
+// Work is cut into tiles of at most `tile` elements: pieces of a long row, or several whole short rows. Tiles do not depend on the
+// number of threads, and sums are kept per tile and added in order, so that results do not depend on it either.
+struct Tiling {
+  static constexpr int64_t tile = 1024;  // a multiple of 4 (one Philox block); four float arrays of it fit in half an L1 cache
+  int64_t rows, cols;
+  int64_t tiles_per_row, rows_per_tile;
+  Tiling(int64_t rows_, int64_t cols_) : rows(rows_), cols(cols_) {
+    tiles_per_row = cols > tile ? (cols + tile - 1) / tile : 1;
+    const int64_t padded = (cols + 3) / 4 * 4;
+    rows_per_tile = cols > tile ? 1 : (padded == 0 ? tile : tile / padded);
+  }
+  int64_t count() const { return tiles_per_row > 1 ? rows * tiles_per_row : (rows + rows_per_tile - 1) / rows_per_tile; }
+};
+
+// One function a kernel; each works on tiles [begin, end).
+struct CpuKernels {
+  const char* capability;
+  void (*affine)(const AffineArgs&, int64_t begin, int64_t end);
+  void (*residual)(const ResidualArgs&, int64_t begin, int64_t end);
+  void (*stage)(const StageArgs&, int64_t begin, int64_t end);
+  void (*error)(const ErrorArgs&, int64_t begin, int64_t end);
+  void (*noise)(const NoiseArgs&, int64_t begin, int64_t end);
+};
+
+// One step decision a row: accepted[r] is 1 or 0, h_next[r] the |h| to try next.
+void control_steps(int64_t rows, const double* norm, const double* h, const bool* after_rejection, double exponent, double* accepted, double* h_next);
+
+// The best of the compiled sets that this processor runs. SCORESDE_EXT_CPU=generic|avx2|avx512 in the environment asks for a lower one.
+const CpuKernels& cpu_kernels();
+const char* cpu_capability();
+
+}  // namespace scoresde

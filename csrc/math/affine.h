@@ -1,0 +1,33 @@
+// The one idea: perturbation, loss, predictors, correctors and the probability-flow drift are affine in (state, network output, noise),
+// with one coefficient per sample. docs/equations.md says which coefficients make which equation.
+#pragma once
+
+#include "math/scalar.h"
+
+namespace scoresde::SCORESDE_ISA {
+
+// mean = p x + q out
+template <class A>
+SCORESDE_HD A affine_mean(A x, A out, A p, A q) {
+  return mul_add(q, out, p * x);
+}
+
+// next = mean + n z
+template <class A>
+SCORESDE_HD A affine_next(A mean, A z, A n) {
+  return mul_add(n, z, mean);
+}
+
+// r = c out + d z, the residual whose weighted square is the denoising score-matching loss
+template <class A>
+SCORESDE_HD A residual(A out, A z, A c, A d) {
+  return mul_add(d, z, c * out);
+}
+
+// d (w r^2) / d out = 2 w c r
+template <class A>
+SCORESDE_HD A residual_gradient(A r, A two_w_c) {
+  return two_w_c * r;
+}
+
+}  // namespace scoresde::SCORESDE_ISA

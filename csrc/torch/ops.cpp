@@ -1,0 +1,383 @@
+// The operators: schemas, argument checks, layouts, and dispatch to csrc/kernels. scoresde_ext/ops.py documents each one.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include <cmath>
+
+#include "kernels/kernels.h"
+
+namespace scoresde {
+namespace {
+
+using at::Tensor;
+using OptTensor = std::optional<Tensor>;
+
+// ---- argument checks --------------------------------------------------------------------------------------------------------------
+
+DType dtype_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case at::kFloat: return DType::f32;
+    case at::kDouble: return DType::f64;
+    case at::kBFloat16: return DType::bf16;
+    case at::kHalf: return DType::f16;
+    default:
+      TORCH_CHECK_TYPE(false, name, ": expected float32, float64, bfloat16 or float16, got ", t.scalar_type(),
+                       ". Convert it first, for example with .float().");
+  }
+}
+
+at::ScalarType compute_type(const Tensor& t) {
+  return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+void check_same(const Tensor& t, const char* name, const Tensor& like, const char* like_name) {
+  TORCH_CHECK_VALUE(t.sizes() == like.sizes(), name, ": expected the shape of ", like_name, ", ", like.sizes(), ", got ", t.sizes(), ".");
+  TORCH_CHECK_VALUE(t.device() == like.device(), name, ": expected the device of ", like_name, ", ", like.device(), ", got ", t.device(),
+                    ". Move it with .to().");
+  TORCH_CHECK_TYPE(t.scalar_type() == like.scalar_type(), name, ": expected the dtype of ", like_name, ", ", like.scalar_type(), ", got ",
+                   t.scalar_type(), ". Convert it with .to().");
+}
+
+struct Shape {
+  int64_t rows, cols;
+};
+
+Shape shape_of(const Tensor& t, const char* name) {
+  TORCH_CHECK_VALUE(t.dim() >= 1, name, ": expected shape (B, ...), got a tensor without dimensions. Add a batch dimension.");
+  int64_t cols = 1;
+  for (int64_t d = 1; d < t.dim(); ++d) cols *= t.size(d);
+  return {t.size(0), cols};
+}
+
+// ---- layouts ----------------------------------------------------------------------------------------------------------------------
+
+// Brings every array of a call into one element order. The order of `like` itself serves where its rows are dense (contiguous,
+// channels_last, ...); generated noise is indexed in logical order and so asks for contiguous arrays.
+class Layout {
+ public:
+  Layout(const Tensor& like, const char* name, bool logical_order) : like_(like), name_(name) {
+    const Shape s = shape_of(like, name);
+    const bool dense = like.is_non_overlapping_and_dense() && (s.rows <= 1 || s.cols == 0 || like.stride(0) == s.cols);
+    direct_ = like.is_contiguous() || (dense && !logical_order);
+  }
+
+  Tensor input(const Tensor& t, const char* name) const {
+    check_same(t, name, like_, name_);
+    if (!direct_ || like_.is_contiguous()) return t.contiguous();
+    return t.strides() == like_.strides() ? t : at::empty_like(like_).copy_(t);
+  }
+
+  Tensor output() const { return direct_ ? at::empty_like(like_) : at::empty(like_.sizes(), like_.options()); }
+
+  // Results always have the strides of torch.empty_like(like).
+  Tensor result(const Tensor& computed) const { return direct_ ? computed : at::empty_like(like_).copy_(computed); }
+
+ private:
+  const Tensor& like_;
+  const char* name_;
+  bool direct_;
+};
+
+// A coefficient argument in the compute type, kept alive for the call.
+struct Numbers {
+  Tensor held;
+  Coefficient coefficient;
+
+  Numbers() = default;
+  Numbers(const Tensor& t, const char* name, const Tensor& x) {
+    TORCH_CHECK_VALUE(t.dim() <= 1 && (t.numel() == 1 || t.numel() == x.size(0)), name, ": expected one number or one a sample, shape (",
+                      x.size(0), ",), got shape ", t.sizes(), ".");
+    TORCH_CHECK_VALUE(t.device() == x.device(), name, ": expected device ", x.device(), ", got ", t.device(), ". Move it with .to().");
+    TORCH_CHECK_TYPE(t.is_floating_point(), name, ": expected a floating-point tensor, got ", t.scalar_type(), ".");
+    held = t.to(compute_type(x)).contiguous();
+    coefficient = {held.const_data_ptr(), held.numel() == 1 ? 0 : 1};
+  }
+  Numbers(const OptTensor& t, const char* name, const Tensor& x) {
+    if (t) *this = Numbers(*t, name, x);
+  }
+};
+
+// The noise arguments of an op: an array `z`, or a `key` (with `ids`, `draw`), or nothing.
+struct NoiseInput {
+  Tensor z, ids;
+  Noise noise;
+
+  NoiseInput(const OptTensor& array, const OptTensor& key, const OptTensor& stream_ids, int64_t draw, const Tensor& like, const Layout& layout) {
+    TORCH_CHECK_VALUE(!(array && key), "z, key: expected one of them, got both.");
+    if (array) {
+      z = layout.input(*array, "z");
+      noise.array = z.const_data_ptr();
+    } else if (key) {
+      *this = NoiseInput(*key, stream_ids, draw, shape_of(like, "x"), like.device());
+    }
+  }
+
+  NoiseInput(const Tensor& key, const OptTensor& stream_ids, int64_t draw, Shape shape, at::Device device) {
+    TORCH_CHECK_VALUE(key.scalar_type() == at::kLong && key.sizes() == at::IntArrayRef({2}) && key.device() == device,
+                      "key: expected an int64 tensor (seed, first draw) of shape (2,) on ", device, ", got ", key.scalar_type(), " ", key.sizes(),
+                      " on ", key.device(), ".");
+    TORCH_CHECK_VALUE(draw >= 0, "draw: expected a count from 0 on, got ", draw, ".");
+    TORCH_CHECK_VALUE(shape.cols <= (int64_t{1} << 34), "x: expected at most 2^34 elements a sample where noise is generated, got ", shape.cols, ".");
+    noise.key = key.const_data_ptr<int64_t>();
+    noise.draw = draw;
+    if (stream_ids) {
+      TORCH_CHECK_VALUE(stream_ids->scalar_type() == at::kLong && stream_ids->dim() == 1 && stream_ids->size(0) == shape.rows &&
+                            stream_ids->device() == device,
+                        "ids: expected an int64 tensor of shape (", shape.rows, ",) on ", device, ", got ", stream_ids->scalar_type(), " ",
+                        stream_ids->sizes(), " on ", stream_ids->device(), ".");
+      ids = stream_ids->contiguous();
+      noise.ids = ids.const_data_ptr<int64_t>();
+    }
+  }
+};
+
+template <class Args>
+void run(void (*kernel)(const Args&, int64_t, int64_t), const Args& args) {
+  constexpr int64_t grain = 16;  // tiles a thread is worth waking for
+  at::parallel_for(0, Tiling(args.rows, args.cols).count(), grain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+}
+
+// Row sums from per-tile sums, in order.
+std::vector<double> sum_tiles(const std::vector<double>& partials, int64_t rows, int64_t tiles) {
+  std::vector<double> sums(rows, 0.0);
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t i = 0; i < tiles; ++i) sums[r] += partials[r * tiles + i];
+  }
+  return sums;
+}
+
+// ---- affine -----------------------------------------------------------------------------------------------------------------------
+
+// Shared by the three affine schemas: `mean` and `next` are written where wanted.
+std::pair<Tensor, Tensor> run_affine(const Tensor& x, const OptTensor& out, const Tensor& p, const OptTensor& q, const OptTensor& n,
+                                     const OptTensor& z, const OptTensor& key, const OptTensor& ids, int64_t draw, bool want_mean) {
+  const DType dtype = dtype_of(x, "x");
+  const Layout layout(x, "x", key.has_value());
+  const Shape shape = shape_of(x, "x");
+  const NoiseInput noise(z, key, ids, draw, x, layout);
+  TORCH_CHECK_VALUE(out.has_value() == q.has_value(), "out, q: expected both or neither.");
+  TORCH_CHECK_VALUE(n.has_value() == noise.noise.any(), "n: expected exactly where there is noise (z or key).");
+  const Tensor xs = layout.input(x, "x");
+  const Tensor outs = out ? layout.input(*out, "out") : Tensor();
+  const Numbers ps(p, "p", x), qs(q, "q", x), ns(n, "n", x);
+  Tensor mean, next;
+  if (want_mean) mean = layout.output();
+  if (n) next = layout.output();
+  if (x.numel() > 0) {
+    const AffineArgs args{dtype,          shape.rows,     shape.cols,
+                          xs.const_data_ptr(), out ? outs.const_data_ptr() : nullptr,
+                          ps.coefficient, qs.coefficient, ns.coefficient,
+                          noise.noise,    want_mean ? mean.mutable_data_ptr() : nullptr, n ? next.mutable_data_ptr() : nullptr};
+    run(cpu_kernels().affine, args);
+  }
+  return {want_mean ? layout.result(mean) : mean, n ? layout.result(next) : next};
+}
+
+Tensor affine(const Tensor& x, const OptTensor& out, const Tensor& p, const OptTensor& q) {
+  return run_affine(x, out, p, q, {}, {}, {}, {}, 0, true).first;
+}
+
+std::tuple<Tensor, Tensor> affine_noise(const Tensor& x, const OptTensor& out, const Tensor& p, const OptTensor& q, const Tensor& n,
+                                        const OptTensor& z, const OptTensor& key, const OptTensor& ids, int64_t draw) {
+  return run_affine(x, out, p, q, n, z, key, ids, draw, true);
+}
+
+Tensor perturb(const Tensor& x, const Tensor& m, const Tensor& s, const OptTensor& z, const OptTensor& key, const OptTensor& ids, int64_t draw) {
+  return run_affine(x, {}, m, {}, s, z, key, ids, draw, false).second;
+}
+
+// ---- score-matching loss ----------------------------------------------------------------------------------------------------------
+
+std::tuple<Tensor, Tensor> score_loss(const Tensor& out, const OptTensor& c, const OptTensor& d, const Tensor& w, const OptTensor& z,
+                                      const OptTensor& key, const OptTensor& ids, int64_t draw, bool with_grad) {
+  const DType dtype = dtype_of(out, "out");
+  const Layout layout(out, "out", key.has_value());
+  const Shape shape = shape_of(out, "out");
+  const NoiseInput noise(z, key, ids, draw, out, layout);
+  TORCH_CHECK_VALUE(d.has_value() == noise.noise.any(), "d: expected exactly where there is noise (z or key).");
+  TORCH_CHECK_VALUE(c.has_value() || (d.has_value() && !with_grad), "c: expected a coefficient of out, or d and no gradient.");
+  const Tensor outs = layout.input(out, "out");
+  const Numbers cs(c, "c", out), ds(d, "d", out), ws(w, "w", out);
+  const Tensor loss = at::empty({shape.rows}, out.options().dtype(compute_type(out)));
+  Tensor grad = with_grad ? layout.output() : at::empty({0}, out.options());
+  const Tiling tiling(shape.rows, shape.cols);
+  std::vector<double> partials(shape.rows * tiling.tiles_per_row, 0.0);
+  if (out.numel() > 0) {
+    const ResidualArgs args{dtype, shape.rows, shape.cols, outs.const_data_ptr(), cs.coefficient, ds.coefficient, ws.coefficient, noise.noise,
+                            with_grad ? grad.mutable_data_ptr() : nullptr, partials.data()};
+    run(cpu_kernels().residual, args);
+  }
+  const std::vector<double> sums = sum_tiles(partials, shape.rows, tiling.tiles_per_row);
+  const auto weigh = [&](auto* to, const auto* weight) {
+    for (int64_t r = 0; r < shape.rows; ++r) to[r] = weight[r * ws.coefficient.stride] * sums[r];
+  };
+  if (loss.scalar_type() == at::kDouble) {
+    weigh(loss.mutable_data_ptr<double>(), ws.held.const_data_ptr<double>());
+  } else {
+    weigh(loss.mutable_data_ptr<float>(), ws.held.const_data_ptr<float>());
+  }
+  return {loss, with_grad ? layout.result(grad) : grad};
+}
+
+// ---- Runge-Kutta ------------------------------------------------------------------------------------------------------------------
+
+// The slopes that count: pointers and coefficients, without those whose coefficient is zero.
+struct Slopes {
+  std::vector<Tensor> held;
+  int32_t n = 0;
+  const void* k[max_stages];
+  double a[max_stages];
+
+  Slopes(at::TensorList ks, at::ArrayRef<double> as, const Layout& layout) {
+    TORCH_CHECK_VALUE(ks.size() <= max_stages, "ks: expected at most ", max_stages, " slopes, got ", ks.size(), ".");
+    for (size_t i = 0; i < ks.size(); ++i) {
+      const Tensor slope = layout.input(ks[i], "ks");
+      if (as[i] == 0.0) continue;
+      held.push_back(slope);
+      k[n] = slope.const_data_ptr();
+      a[n++] = as[i];
+    }
+  }
+};
+
+Tensor rk_stage(const Tensor& y, at::TensorList ks, at::ArrayRef<double> a, const Tensor& h) {
+  TORCH_CHECK_VALUE(a.size() == ks.size(), "a: expected ", ks.size(), " coefficients, one a slope, got ", a.size(), ".");
+  const DType dtype = dtype_of(y, "y");
+  const Layout layout(y, "y", false);
+  const Shape shape = shape_of(y, "y");
+  const Tensor ys = layout.input(y, "y");
+  const Slopes slopes(ks, a, layout);
+  const Numbers hs(h, "h", y);
+  const Tensor next = layout.output();
+  if (y.numel() > 0) {
+    StageArgs args{};
+    args.dtype = dtype, args.rows = shape.rows, args.cols = shape.cols, args.stages = slopes.n;
+    std::copy_n(slopes.k, slopes.n, args.k);
+    std::copy_n(slopes.a, slopes.n, args.a);
+    args.h = hs.coefficient, args.y = ys.const_data_ptr(), args.y_next = next.mutable_data_ptr();
+    run(cpu_kernels().stage, args);
+  }
+  return layout.result(next);
+}
+
+std::tuple<Tensor, Tensor> rk_drift_stage(const Tensor& y, at::TensorList ks, at::ArrayRef<double> a, const Tensor& h, const Tensor& x,
+                                          const Tensor& out, const Tensor& f, const Tensor& q) {
+  TORCH_CHECK_VALUE(a.size() == ks.size() + 1, "a: expected ", ks.size() + 1, " coefficients, one a slope and one for the new slope, got ",
+                    a.size(), ".");
+  const DType dtype = dtype_of(y, "y");
+  const Layout layout(y, "y", false);
+  const Shape shape = shape_of(y, "y");
+  const Tensor ys = layout.input(y, "y"), xs = layout.input(x, "x"), outs = layout.input(out, "out");
+  const Slopes slopes(ks, a, layout);
+  const Numbers hs(h, "h", y), fs(f, "f", y), qs(q, "q", y);
+  const Tensor k_new = layout.output(), next = layout.output();
+  if (y.numel() > 0) {
+    StageArgs args{};
+    args.dtype = dtype, args.rows = shape.rows, args.cols = shape.cols, args.stages = slopes.n;
+    std::copy_n(slopes.k, slopes.n, args.k);
+    std::copy_n(slopes.a, slopes.n, args.a);
+    args.h = hs.coefficient, args.y = ys.const_data_ptr(), args.y_next = next.mutable_data_ptr();
+    args.a_new = a.back(), args.x = xs.const_data_ptr(), args.out = outs.const_data_ptr();
+    args.f = fs.coefficient, args.q = qs.coefficient, args.k_new = k_new.mutable_data_ptr();
+    run(cpu_kernels().stage, args);
+  }
+  return {layout.result(k_new), layout.result(next)};
+}
+
+Tensor rk_error(const Tensor& y0, const Tensor& y1, at::TensorList ks, at::ArrayRef<double> e, const Tensor& h, double rtol, double atol) {
+  TORCH_CHECK_VALUE(e.size() == ks.size(), "e: expected ", ks.size(), " coefficients, one a slope, got ", e.size(), ".");
+  const DType dtype = dtype_of(y0, "y0");
+  const Layout layout(y0, "y0", false);
+  const Shape shape = shape_of(y0, "y0");
+  const Tensor y0s = layout.input(y0, "y0"), y1s = layout.input(y1, "y1");
+  const Slopes slopes(ks, e, layout);
+  const Numbers hs(h, "h", y0);
+  const Tiling tiling(shape.rows, shape.cols);
+  std::vector<double> partials(shape.rows * tiling.tiles_per_row, 0.0);
+  if (y0.numel() > 0) {
+    ErrorArgs args{};
+    args.dtype = dtype, args.rows = shape.rows, args.cols = shape.cols, args.stages = slopes.n;
+    std::copy_n(slopes.k, slopes.n, args.k);
+    std::copy_n(slopes.a, slopes.n, args.e);
+    args.h = hs.coefficient, args.y0 = y0s.const_data_ptr(), args.y1 = y1s.const_data_ptr();
+    args.rtol = rtol, args.atol = atol, args.partials = partials.data();
+    run(cpu_kernels().error, args);
+  }
+  const std::vector<double> sums = sum_tiles(partials, shape.rows, tiling.tiles_per_row);
+  Tensor result = at::empty({shape.rows}, y0.options().dtype(at::kDouble));
+  std::copy(sums.begin(), sums.end(), result.mutable_data_ptr<double>());
+  return result;
+}
+
+Tensor rk_control(const Tensor& norm, const Tensor& h, const Tensor& after_rejection, double exponent) {
+  TORCH_CHECK_VALUE(norm.dim() == 1 && norm.scalar_type() == at::kDouble && h.sizes() == norm.sizes() && h.scalar_type() == at::kDouble &&
+                        after_rejection.sizes() == norm.sizes() && after_rejection.scalar_type() == at::kBool,
+                    "norm, h, after_rejection: expected float64, float64 and bool tensors of one shape (R,), got ", norm.scalar_type(), " ",
+                    norm.sizes(), ", ", h.scalar_type(), " ", h.sizes(), ", ", after_rejection.scalar_type(), " ", after_rejection.sizes(), ".");
+  const int64_t rows = norm.size(0);
+  const Tensor norms = norm.contiguous(), hs = h.contiguous(), rejected = after_rejection.contiguous();
+  const Tensor result = at::empty({2, rows}, norm.options());
+  control_steps(rows, norms.const_data_ptr<double>(), hs.const_data_ptr<double>(), rejected.const_data_ptr<bool>(), exponent,
+                result.mutable_data_ptr<double>(), result.mutable_data_ptr<double>() + rows);
+  return result;
+}
+
+// ---- noise ------------------------------------------------------------------------------------------------------------------------
+
+Tensor run_noise(const Tensor& key, const OptTensor& ids, int64_t draw, at::IntArrayRef size, Law law, uint64_t high, at::ScalarType dtype) {
+  const Tensor values = at::empty(size, key.options().dtype(dtype));
+  const Shape shape = shape_of(values, "size");
+  const NoiseInput noise(key, ids, draw, shape, key.device());
+  if (values.numel() > 0) run(cpu_kernels().noise, NoiseArgs{shape.rows, shape.cols, noise.noise, law, high, values.mutable_data_ptr()});
+  return values;
+}
+
+Tensor noise_normal(const Tensor& key, const OptTensor& ids, int64_t draw, at::IntArrayRef size) {
+  return run_noise(key, ids, draw, size, Law::normal, 0, at::kFloat);
+}
+
+Tensor noise_uniform(const Tensor& key, const OptTensor& ids, int64_t draw, at::IntArrayRef size) {
+  return run_noise(key, ids, draw, size, Law::uniform, 0, at::kFloat);
+}
+
+Tensor noise_integers(const Tensor& key, const OptTensor& ids, int64_t draw, at::IntArrayRef size, int64_t high) {
+  TORCH_CHECK_VALUE(high >= 1 && high <= (int64_t{1} << 32), "high: expected 1 to 2^32, got ", high, ".");
+  return run_noise(key, ids, draw, size, Law::integer, static_cast<uint64_t>(high), at::kLong);
+}
+
+}  // namespace
+
+TORCH_LIBRARY(scoresde_ext, m) {
+  m.def("affine(Tensor x, Tensor? out, Tensor p, Tensor? q) -> Tensor");
+  m.def("affine_noise(Tensor x, Tensor? out, Tensor p, Tensor? q, Tensor n, Tensor? z, Tensor? key, Tensor? ids, int draw) -> (Tensor, Tensor)");
+  m.def("perturb(Tensor x, Tensor m, Tensor s, Tensor? z, Tensor? key, Tensor? ids, int draw) -> Tensor");
+  m.def(
+      "score_loss(Tensor out, Tensor? c, Tensor? d, Tensor w, Tensor? z, Tensor? key, Tensor? ids, int draw, bool with_grad) "
+      "-> (Tensor, Tensor)");
+  m.def("rk_stage(Tensor y, Tensor[] ks, float[] a, Tensor h) -> Tensor");
+  m.def("rk_drift_stage(Tensor y, Tensor[] ks, float[] a, Tensor h, Tensor x, Tensor out, Tensor f, Tensor q) -> (Tensor, Tensor)");
+  m.def("rk_error(Tensor y0, Tensor y1, Tensor[] ks, float[] e, Tensor h, float rtol, float atol) -> Tensor");
+  m.def("rk_control(Tensor norm, Tensor h, Tensor after_rejection, float exponent) -> Tensor");
+  m.def("noise_normal(Tensor key, Tensor? ids, int draw, SymInt[] size) -> Tensor");
+  m.def("noise_uniform(Tensor key, Tensor? ids, int draw, SymInt[] size) -> Tensor");
+  m.def("noise_integers(Tensor key, Tensor? ids, int draw, SymInt[] size, int high) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(scoresde_ext, CPU, m) {
+  m.impl("affine", &affine);
+  m.impl("affine_noise", &affine_noise);
+  m.impl("perturb", &perturb);
+  m.impl("score_loss", &score_loss);
+  m.impl("rk_stage", &rk_stage);
+  m.impl("rk_drift_stage", &rk_drift_stage);
+  m.impl("rk_error", &rk_error);
+  m.impl("rk_control", &rk_control);
+  m.impl("noise_normal", &noise_normal);
+  m.impl("noise_uniform", &noise_uniform);
+  m.impl("noise_integers", &noise_integers);
+}
+
+}  // namespace scoresde

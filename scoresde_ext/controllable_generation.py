@@ -1,0 +1,149 @@
+"""Inpainting and colorization with an unconditional network (Song et al. 2021, appendix I)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import integrate, noise, sampling
+from .reference import rows
+from .sampling import InverseScaler, PCLoop
+from .sde_lib import SDE
+
+Step = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class _Known:
+    """What is known of the data: replaces it in the state after every step, noised to the step's time."""
+
+    def __init__(self, sde: SDE, data: Tensor, mask: Tensor, decouple: Callable[[Tensor], Tensor], couple: Callable[[Tensor], Tensor]) -> None:
+        self.sde, self.data, self.mask, self.decouple, self.couple = sde, data, mask, decouple, couple
+
+    def merge(self, x: Tensor, known: Tensor) -> Tensor:
+        """The known part of ``known`` (already decoupled), the rest of ``x``."""
+        return self.couple(self.decouple(x) * (1.0 - self.mask) + known * self.mask)
+
+    def after(self, step: Step, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """A step, then the known part at time t. As upstream, the mean's unknown part is the noisy one."""
+        x, _ = step(x, t)
+        known = self.decouple(self.data)
+        mean, std = self.sde.marginal_prob(known, t)
+        noisy = mean + noise.normal_tensor(x) * rows(std, x)
+        return self.merge(x, noisy), self.merge(x, mean)
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
+# Gray is the first coordinate of an orthonormal basis of colour space; the other two are found by QR from the gray axis.
+def _colour_basis() -> Tensor:
+    axes = torch.eye(3, dtype=torch.float64)
+    axes[:, 0] = 1.0
+    basis, upper = torch.linalg.qr(axes)
+    return basis * torch.sign(upper.diagonal())
+
+
+def get_pc_inpainter(
+    sde: SDE,
+    predictor: type | None,
+    corrector: type | None,
+    inverse_scaler: InverseScaler,
+    snr: float,
+    n_steps: int = 1,
+    probability_flow: bool = False,
+    continuous: bool = False,
+    denoise: bool = True,
+    eps: float = 1e-5,
+) -> Callable[[Any, Tensor, Tensor], Tensor]:
+    """``inpainter(model, data, mask)`` -> images ``(B, *)``: fills in where ``mask`` is 0 and keeps ``data`` where it is 1.
+
+    Arguments as in :func:`scoresde_ext.sampling.get_pc_sampler`; ``mask`` has the shape of ``data`` or broadcasts to it.
+    """
+    run = _get_pc_filler(sde, predictor, corrector, inverse_scaler, snr, n_steps, probability_flow, continuous, denoise, eps)
+
+    def pc_inpainter(model: Any, data: Tensor, mask: Tensor) -> Tensor:
+        integrate.check_state("data", data)
+        integrate.check_state("mask", mask)
+        if torch.broadcast_shapes(mask.shape, data.shape) != data.shape or mask.device != data.device:
+            raise ValueError(
+                f"mask: expected the shape and device of data, {tuple(data.shape)} on {data.device}, got {tuple(mask.shape)} on {mask.device}."
+            )
+        return run(model, _Known(sde, data, mask, _identity, _identity))
+
+    return pc_inpainter
+
+
+def get_pc_colorizer(
+    sde: SDE,
+    predictor: type | None,
+    corrector: type | None,
+    inverse_scaler: InverseScaler,
+    snr: float,
+    n_steps: int = 1,
+    probability_flow: bool = False,
+    continuous: bool = False,
+    denoise: bool = True,
+    eps: float = 1e-5,
+) -> Callable[[Any, Tensor], Tensor]:
+    """``colorizer(model, gray)`` -> images ``(B, 3, H, W)`` for gray images stored in three equal channels.
+
+    Arguments as in :func:`scoresde_ext.sampling.get_pc_sampler`.
+    """
+    run = _get_pc_filler(sde, predictor, corrector, inverse_scaler, snr, n_steps, probability_flow, continuous, denoise, eps)
+
+    def pc_colorizer(model: Any, gray: Tensor) -> Tensor:
+        integrate.check_state("gray", gray)
+        if gray.dim() < 2 or gray.shape[1] != 3:
+            raise ValueError(f"gray: expected images of three equal channels, (B, 3, H, W), got {tuple(gray.shape)}.")
+        basis = _COLOUR_BASIS.to(gray.device, gray.dtype)
+        mask = torch.zeros_like(gray)
+        mask[:, 0] = 1.0
+
+        def decouple(x: Tensor) -> Tensor:
+            return torch.einsum("bi...,ij->bj...", x, basis)
+
+        def couple(x: Tensor) -> Tensor:
+            return torch.einsum("bi...,ij->bj...", x, basis.T)
+
+        return run(model, _Known(sde, gray, mask, decouple, couple))
+
+    return pc_colorizer
+
+
+def _get_pc_filler(
+    sde: SDE,
+    predictor: type | None,
+    corrector: type | None,
+    inverse_scaler: InverseScaler,
+    snr: float,
+    n_steps: int,
+    probability_flow: bool,
+    continuous: bool,
+    denoise: bool,
+    eps: float,
+) -> Callable[[Any, _Known], Tensor]:
+    sampling.check_eps(eps, sde)
+    sampling.check_corrector(snr, n_steps)
+
+    def run(model: Any, known: _Known) -> Tensor:
+        data = known.data
+        with torch.no_grad():
+            loop = PCLoop(sde, model, predictor, corrector, snr, n_steps, probability_flow, continuous)
+            prior = noise.prior(sde, data.shape, data.device).to(data.dtype)
+            x = x_mean = known.merge(prior, known.decouple(data) * known.mask)
+            with noise.run(data.device):
+                for t in sampling.times_of(sde, eps, data.device):
+                    vec_t = t.expand(len(x))
+                    x, x_mean = known.after(loop.correct, x, vec_t)
+                    x, x_mean = known.after(loop.predict, x, vec_t)
+            result = sampling.check_finite(x_mean if denoise else x, "Controllable generation")
+            return inverse_scaler(result)
+
+    return run
+
+
+_COLOUR_BASIS = _colour_basis()

@@ -1,0 +1,230 @@
+"""Training objectives and steps.
+
+The denoising score-matching loss (Song et al. 2021, eq. 7) is two kernels: one perturbs the data, one computes the loss and its gradient with
+respect to the network's output from one pass over that output. The noise is never stored.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import noise, ops
+from .integrate import check_state
+from .models import utils as mutils
+from .reference import rows
+from .sde_lib import SDE, VESDE, VPSDE, is_affine
+
+LossFn = Callable[[Any, Tensor], Tensor]
+
+
+def get_optimizer(config: Any, params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """Adam with ``config.optim.{lr, beta1, eps, weight_decay}``; NotImplementedError for another ``config.optim.optimizer``."""
+    optim = config.optim
+    if optim.optimizer != "Adam":
+        raise NotImplementedError(f"config.optim.optimizer: expected 'Adam', got {optim.optimizer!r}.")
+    return torch.optim.Adam(params, lr=optim.lr, betas=(optim.beta1, 0.999), eps=optim.eps, weight_decay=optim.weight_decay)
+
+
+def optimization_manager(config: Any) -> Callable[..., None]:
+    """``optimize_fn(optimizer, params, step, lr=..., warmup=..., grad_clip=...)``: linear warm-up, clipping of the gradient's norm, one step.
+
+    The defaults are those of ``config.optim``. No warm-up where ``warmup <= 0``, no clipping where ``grad_clip < 0``.
+    """
+
+    def optimize_fn(
+        optimizer: torch.optim.Optimizer,
+        params: Iterable[nn.Parameter],
+        step: int,
+        lr: float = config.optim.lr,
+        warmup: int = config.optim.warmup,
+        grad_clip: float = config.optim.grad_clip,
+    ) -> None:
+        if warmup > 0:
+            for group in optimizer.param_groups:
+                group["lr"] = float(lr * min(step / warmup, 1.0))
+        if grad_clip >= 0:
+            torch.nn.utils.clip_grad_norm_(params, max_norm=grad_clip)
+        optimizer.step()
+
+    return optimize_fn
+
+
+def _check_batch(batch: Tensor) -> None:
+    if not isinstance(batch, Tensor) or not batch.is_floating_point() or batch.dim() < 1:
+        got = f"{batch.dtype} of shape {tuple(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
+        raise ValueError(f"batch: expected a floating-point tensor of shape (B, ...), got {got}. Convert the data, for example with .float().")
+    # A sum is not finite where an element is not; it costs one cached read. Elsewhere than on the CPU it would wait for the device.
+    if batch.is_cpu and not torch.compiler.is_compiling() and not bool(batch.sum(dtype=_time_dtype(batch)).isfinite()):
+        check_state("batch", batch)
+
+
+def _time_dtype(x: Tensor) -> torch.dtype:
+    """Times and coefficients are float32 also where the state is half precision."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _reduction(x: Tensor, reduce_mean: bool) -> float:
+    """Weight of a squared residual in the loss: the mean over elements or half their sum, then the mean over the batch."""
+    elements = math.prod(x.shape[1:])
+    return (1.0 / max(elements, 1) if reduce_mean else 0.5) / max(len(x), 1)
+
+
+def get_sde_loss_fn(
+    sde: SDE,
+    train: bool,
+    reduce_mean: bool = True,
+    continuous: bool = True,
+    likelihood_weighting: bool = True,
+    eps: float = 1e-5,
+) -> LossFn:
+    """``loss_fn(model, batch)``: the continuous-time score-matching loss (Song et al. 2021, eq. 7).
+
+    Args:
+        sde: the forward SDE.
+        train: mode of the network.
+        reduce_mean: average over the elements of a sample; else half the sum.
+        continuous: whether the network is trained on continuous times, see :func:`scoresde_ext.models.utils.get_score_fn`.
+        likelihood_weighting: weight g(t)^2 (Song et al. 2021, "Maximum likelihood training") instead of std(t)^2.
+        eps: smallest time.
+
+    The batch has shape ``(B, *)`` and any floating dtype; the loss is a number in float32 (float64 for float64 data).
+
+    Raises:
+        ValueError: eps outside (0, T); a batch that is not floating point; a network output of another shape.
+    """
+    _check_eps(eps, sde)
+    fused = is_affine(sde)
+
+    def loss_fn(model: Any, batch: Tensor) -> Tensor:
+        _check_batch(batch)
+        mutils.ensure_mode(model, train)
+        score_fn = mutils.make_score_fn(sde, mutils._Network(model), continuous)
+        u = noise.uniform(batch.new_empty(len(batch), dtype=_time_dtype(batch)))
+        t = u * (sde.T - eps) + eps
+        draw = noise.normal(batch)
+        weight = _reduction(batch, reduce_mean)
+        if not fused:
+            return _plain_loss(sde, score_fn, batch, t, ops.materialize(draw, batch), likelihood_weighting, weight)
+        m, std = sde.marginal_coefficients(t)
+        out, k = score_fn.terms(ops.perturb(batch, m, std, draw), t)
+        if likelihood_weighting:  # (score + z / std)^2 g^2
+            g = sde.sde_coefficients(t)[1]
+            return ops.score_loss(out, k, 1.0 / std, weight * g * g, draw).sum()
+        return ops.score_loss(out, k * std, 1.0, weight, draw).sum()  # (score std + z)^2
+
+    return loss_fn
+
+
+def _plain_loss(
+    sde: SDE, score_fn: mutils.ScoreFunction, x0: Tensor, t: Tensor, z: Tensor, likelihood_weighting: bool, weight: float
+) -> Tensor:
+    """The same loss for an SDE that is known by its methods alone."""
+    mean, std = sde.marginal_prob(x0, t)
+    score = score_fn(mean + rows(std, x0) * z, t)
+    if likelihood_weighting:
+        g = sde.sde(torch.zeros_like(x0), t)[1]
+        return weight * ((score + z / rows(std, x0)).square() * rows(g * g, x0)).sum()
+    return weight * (score * rows(std, x0) + z).square().sum()
+
+
+def _check_eps(eps: float, sde: SDE) -> None:
+    if not 0 < eps < sde.T:
+        raise ValueError(f"eps: expected a time in (0, T = {sde.T}), got {eps}.")
+
+
+def get_smld_loss_fn(vesde: VESDE, train: bool, reduce_mean: bool = False) -> LossFn:
+    """``loss_fn(model, batch)``: the loss of SMLD on the discrete noise levels, largest first (Song and Ermon 2019)."""
+    if not isinstance(vesde, VESDE):
+        raise AssertionError(f"vesde: SMLD training works for VESDE alone, got {type(vesde).__name__}.")
+    sigmas_descending = torch.flip(vesde.discrete_sigmas, dims=(0,))
+
+    def loss_fn(model: Any, batch: Tensor) -> Tensor:
+        _check_batch(batch)
+        mutils.ensure_mode(model, train)
+        labels = noise.integers(vesde.N, batch.new_empty(len(batch)))
+        sigmas = sigmas_descending.to(batch.device, _time_dtype(batch))[labels]
+        draw = noise.normal(batch)
+        out = mutils._Network(model)(ops.perturb(batch, 1.0, sigmas, draw), labels)
+        # (score + z / sigma)^2 sigma^2
+        return ops.score_loss(out, sigmas, 1.0, _reduction(batch, reduce_mean), draw).sum()
+
+    return loss_fn
+
+
+def get_ddpm_loss_fn(vpsde: VPSDE, train: bool, reduce_mean: bool = True) -> LossFn:
+    """``loss_fn(model, batch)``: the loss of DDPM on the discrete steps; the network predicts the noise (Ho et al. 2020)."""
+    if not isinstance(vpsde, VPSDE):
+        raise AssertionError(f"vpsde: DDPM training works for VPSDE alone, got {type(vpsde).__name__}.")
+
+    def loss_fn(model: Any, batch: Tensor) -> Tensor:
+        _check_batch(batch)
+        mutils.ensure_mode(model, train)
+        labels = noise.integers(vpsde.N, batch.new_empty(len(batch)))
+        dtype = _time_dtype(batch)
+        m = vpsde.sqrt_alphas_cumprod.to(batch.device, dtype)[labels]
+        std = vpsde.sqrt_1m_alphas_cumprod.to(batch.device, dtype)[labels]
+        draw = noise.normal(batch)
+        out = mutils._Network(model)(ops.perturb(batch, m, std, draw), labels)
+        # (out - z)^2
+        return ops.score_loss(out, 1.0, -1.0, _reduction(batch, reduce_mean), draw).sum()
+
+    return loss_fn
+
+
+def get_step_fn(
+    sde: SDE,
+    train: bool,
+    optimize_fn: Callable[..., None] | None = None,
+    reduce_mean: bool = False,
+    continuous: bool = True,
+    likelihood_weighting: bool = False,
+) -> Callable[[dict[str, Any], Tensor], Tensor]:
+    """``step_fn(state, batch)`` -> loss: one training step, or one evaluation with the averaged weights.
+
+    ``state`` has the keys ``model optimizer ema step``; training adds one to ``step``.
+
+    Raises:
+        ValueError: discrete training of an SDE that has none (sub-VP, a user's own).
+        AssertionError: discrete training with likelihood weighting.
+    """
+    if continuous:
+        loss_fn = get_sde_loss_fn(sde, train, reduce_mean=reduce_mean, continuous=True, likelihood_weighting=likelihood_weighting)
+    else:
+        if likelihood_weighting:
+            raise AssertionError("likelihood_weighting: the original SMLD and DDPM losses have none; use continuous=True.")
+        if isinstance(sde, VESDE):
+            loss_fn = get_smld_loss_fn(sde, train, reduce_mean=reduce_mean)
+        elif isinstance(sde, VPSDE):
+            loss_fn = get_ddpm_loss_fn(sde, train, reduce_mean=reduce_mean)
+        else:
+            raise ValueError(f"sde: discrete training is known for VPSDE and VESDE, got {type(sde).__name__}. Use continuous=True.")
+    if train and optimize_fn is None:
+        raise ValueError("optimize_fn: expected the function of optimization_manager(config) for training, got None.")
+
+    def step_fn(state: dict[str, Any], batch: Tensor) -> Tensor:
+        model = state["model"]
+        if train:
+            assert optimize_fn is not None
+            optimizer = state["optimizer"]
+            optimizer.zero_grad()
+            loss = loss_fn(model, batch)
+            loss.backward()
+            optimize_fn(optimizer, model.parameters(), step=state["step"])
+            state["step"] += 1
+            state["ema"].update(model.parameters())
+            return loss
+        ema = state["ema"]
+        with torch.no_grad():
+            ema.store(model.parameters())
+            try:
+                ema.copy_to(model.parameters())
+                return loss_fn(model, batch)
+            finally:
+                ema.restore(model.parameters())
+
+    return step_fn

@@ -1,0 +1,1 @@
+"""Networks as the rest of the package sees them: score functions, exponential moving averages, a registry of networks."""

@@ -1,0 +1,218 @@
+"""Where every random number comes from.
+
+One source is in force at a time. By default it is torch's generator: a key is drawn from it (so ``torch.manual_seed`` rules) and the kernels
+expand the key into noise. Two context managers put another in its place:
+
+* ``with replay(tensors):`` each draw takes the next tensor, as what ``torch.rand``, ``torch.randn`` or ``torch.randint`` would have returned;
+* ``with seeds(seed, ids):`` sample b of each draw is stream ``ids[b]`` of the seed, whatever the batch it is computed in.
+
+Code that needs noise asks :func:`normal`, :func:`uniform` or :func:`integers`. A sampler wraps its loop in :func:`run`, which draws one key for
+all of it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, ContextManager, Protocol
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from . import ops
+from .reference import Draw
+
+__all__ = ["integers", "normal", "prior", "replay", "run", "seeds", "torch_draws", "uniform"]
+
+
+class Source(Protocol):
+    """What can be asked for noise. ``like`` gives the shape ``(B, *)``, the device and the dtype."""
+
+    def normal(self, like: Tensor) -> Draw: ...
+
+    def uniform(self, like: Tensor) -> Tensor: ...
+
+    def integers(self, high: int, like: Tensor) -> Tensor: ...
+
+
+def _new_key(device: torch.device) -> Tensor:
+    # On the device and from its generator: no copy, no synchronisation, and a captured graph refreshes it at each replay.
+    return torch.randint(2**62, (2,), device=device)
+
+
+class _Generator:
+    """torch's generator: a new key for every draw."""
+
+    def normal(self, like: Tensor) -> Draw:
+        return Draw(key=_new_key(like.device))
+
+    def uniform(self, like: Tensor) -> Tensor:
+        return torch.rand(like.shape, device=like.device, dtype=like.dtype)
+
+    def integers(self, high: int, like: Tensor) -> Tensor:
+        return torch.randint(high, like.shape, device=like.device)
+
+
+class _Streams:
+    """One key, and a count of the draws made from it."""
+
+    def __init__(self, key: Tensor, ids: Tensor | None) -> None:
+        self.key, self.ids, self.draws = key, ids, 0
+
+    def _next(self, like: Tensor) -> Draw:
+        if self.key.device != like.device:
+            self.key = self.key.to(like.device)
+            self.ids = None if self.ids is None else self.ids.to(like.device)
+        if self.ids is not None and len(self.ids) != len(like):
+            raise ValueError(f"ids: expected one stream id a sample, {len(like)}, got {len(self.ids)}.")
+        self.draws += 1
+        return Draw(None, self.key, self.ids, self.draws - 1)
+
+    def normal(self, like: Tensor) -> Draw:
+        return self._next(like)
+
+    def uniform(self, like: Tensor) -> Tensor:
+        _, key, ids, draw = self._next(like)
+        return ops.noise_uniform(key, ids, draw, like.shape).to(like.dtype)
+
+    def integers(self, high: int, like: Tensor) -> Tensor:
+        _, key, ids, draw = self._next(like)
+        return ops.noise_integers(key, ids, draw, like.shape, high)
+
+
+class _Replay:
+    """Recorded draws, in order."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.tensors, self.taken = tensors, 0
+
+    def _next(self, like: Tensor, what: str) -> Tensor:
+        if self.taken == len(self.tensors):
+            raise RuntimeError(f"noise.replay: expected one more draw ({what} of shape {tuple(like.shape)}), but all {self.taken} are used.")
+        drawn = torch.as_tensor(self.tensors[self.taken])
+        if drawn.shape != like.shape:
+            raise ValueError(
+                f"noise.replay: draw {self.taken} is {what} and has to have shape {tuple(like.shape)}, got {tuple(drawn.shape)}."
+            )
+        self.taken += 1
+        return drawn.to(like.device)
+
+    def normal(self, like: Tensor) -> Draw:
+        return Draw(z=self._next(like, "normal noise").to(like.dtype))
+
+    def uniform(self, like: Tensor) -> Tensor:
+        return self._next(like, "uniform noise").to(like.dtype)
+
+    def integers(self, high: int, like: Tensor) -> Tensor:
+        return self._next(like, f"integers below {high}").to(torch.int64)
+
+
+class _InForce(threading.local):
+    source: Source = _Generator()
+
+
+_in_force = _InForce()
+
+
+@contextmanager
+def _as_source(source: Source) -> Iterator[None]:
+    before = _in_force.source
+    _in_force.source = source
+    try:
+        yield
+    finally:
+        _in_force.source = before
+
+
+@contextmanager
+def replay(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Each draw takes the next of ``tensors``, in the order in which upstream draws.
+
+    Floats are cast to the dtype of the state, integers come as int64, everything is moved to the device of the state.
+
+    Raises:
+        ValueError: a draw of another shape than the next tensor's.
+        RuntimeError: more draws than tensors, or tensors left over at the end of the context.
+    """
+    source = _Replay(list(tensors))
+    with _as_source(source):
+        yield
+    left = len(source.tensors) - source.taken
+    if left:
+        raise RuntimeError(f"noise.replay: expected all {len(source.tensors)} tensors to be drawn, but {left} are left over.")
+
+
+@contextmanager
+def seeds(seed: int, ids: Tensor | Sequence[int]) -> Iterator[None]:
+    """Sample b of each draw is stream ``ids[b]`` of ``seed``: the same numbers at any batch size, in any order, on any device.
+
+    Draws are counted from the start of the context.
+
+    Args:
+        seed: any integer of 64 bits.
+        ids: int64 ``(B,)``, one stream a sample.
+    """
+    ids = torch.as_tensor(ids)
+    if ids.dim() != 1 or ids.dtype.is_floating_point or ids.dtype in (torch.bool, torch.complex64, torch.complex128):
+        raise ValueError(f"ids: expected integers of shape (B,), got {ids.dtype} of shape {tuple(ids.shape)}.")
+    if not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed: expected an integer of 64 bits, got {seed!r}.")
+    signed = seed - 2**64 if seed >= 2**63 else seed
+    with _as_source(_Streams(torch.tensor([signed, 0]), ids.to(torch.int64))):
+        yield
+
+
+def run(device: torch.device | str) -> ContextManager[None]:
+    """For the length of a loop: one key from torch's generator instead of one a draw. Other sources stay as they are."""
+    if isinstance(_in_force.source, _Generator):
+        return _as_source(_Streams(_new_key(torch.device(device)), None))
+    return nullcontext()
+
+
+def normal(like: Tensor) -> Draw:
+    """The next draw of standard normal noise for an array like ``like``, to be handed to the functions of ``scoresde_ext.ops``."""
+    return _in_force.source.normal(like)
+
+
+def normal_tensor(like: Tensor) -> Tensor:
+    """The next draw of standard normal noise, as an array like ``like``."""
+    return ops.materialize(normal(like), like)
+
+
+def uniform(like: Tensor) -> Tensor:
+    """The next draw, uniform on [0, 1), of the shape, device and dtype of ``like``."""
+    return _in_force.source.uniform(like)
+
+
+def integers(high: int, like: Tensor) -> Tensor:
+    """The next draw, uniform on {0, ..., high - 1}: int64, of the shape and on the device of ``like``."""
+    return _in_force.source.integers(high, like)
+
+
+class _TorchDraws(TorchFunctionMode):
+    """Answers torch.randn and its like from the source in force."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunction():
+            if func in (torch.randn_like, torch.rand_like):
+                like = torch.empty_like(*args, **kwargs)
+                return normal_tensor(like) if func is torch.randn_like else uniform(like)
+            if func in (torch.randn, torch.rand):
+                like = torch.empty(*args, **{k: v for k, v in kwargs.items() if k != "generator"})
+                return normal_tensor(like) if func is torch.randn else uniform(like)
+            return func(*args, **kwargs)
+
+
+def torch_draws() -> ContextManager[Any]:
+    """For code of the user's own that calls torch.randn, torch.rand or their ``_like`` forms: under ``replay`` and ``seeds`` they are answered
+    from the source in force. Without these contexts nothing changes."""
+    return nullcontext() if isinstance(_in_force.source, _Generator) else _TorchDraws()
+
+
+def prior(sde: Any, shape: Sequence[int], device: torch.device | str) -> Tensor:
+    """``sde.prior_sampling(shape)`` on ``device``, its normals from the source in force."""
+    with torch_draws():
+        return sde.prior_sampling(tuple(shape)).to(device)

@@ -1,0 +1,326 @@
+"""Stochastic differential equations of score-based generative models (Song et al. 2021, "Score-Based Generative Modeling through SDEs").
+
+``SDE`` is upstream's abstract class. ``AffineSDE`` is an SDE ``dx = f(t) x dt + g(t) dw``: p(x_t | x_0) is then Gaussian with mean ``m(t) x_0``
+and standard deviation ``s(t)``, and everything that is done with it runs in the fused kernels. A subclass gives these numbers::
+
+    class Mine(AffineSDE):
+        def marginal_coefficients(self, t):  # m, s
+        def sde_coefficients(self, t):       # f, g
+
+``t`` is a tensor of shape ``(B,)`` or a Python float; :func:`exp` and its fellows below serve both. Data have shape ``(B, *)``.
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+import numbers
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .reference import rows
+
+Time = TypeVar("Time", Tensor, float)
+
+
+def exp(v: Time) -> Time:
+    return v.exp() if isinstance(v, Tensor) else math.exp(v)
+
+
+def expm1(v: Time) -> Time:
+    return v.expm1() if isinstance(v, Tensor) else math.expm1(v)
+
+
+def sqrt(v: Time) -> Time:
+    return v.sqrt() if isinstance(v, Tensor) else math.sqrt(v)
+
+
+def check_times(x: Tensor, t: Tensor, T: float) -> None:
+    """Times are one a sample, in [0, T]. Their values are looked at on the CPU alone: elsewhere that would wait for the device.
+
+    Raises:
+        ValueError: another shape, dtype or device, a value outside [0, T], or NaN.
+    """
+    if not isinstance(t, Tensor) or not t.is_floating_point() or t.shape != x.shape[:1] or t.device != x.device:
+        got = f"{t.dtype} {tuple(t.shape)} on {t.device}" if isinstance(t, Tensor) else repr(t)
+        raise ValueError(
+            f"t: expected one time a sample, a floating-point tensor of shape {tuple(x.shape[:1])} on {x.device}, got {got}. "
+            "For one time for all, use torch.full((B,), t)."
+        )
+    if t.is_cpu and not torch.compiler.is_compiling() and not bool(((t >= 0) & (t <= T * (1 + 1e-6))).all()):
+        raise ValueError(f"t: expected times in [0, T = {T}], got values from {t.min().item():g} to {t.max().item():g}.")
+
+
+class SDE(abc.ABC):
+    """An SDE ``dx = drift(x, t) dt + diffusion(t) dw`` on [0, T], discretised in ``N`` steps."""
+
+    def __init__(self, N: int) -> None:
+        if not isinstance(N, numbers.Integral) or N < 1:
+            raise ValueError(f"N: expected a positive whole number of steps, got {N!r}.")
+        self.N = N
+
+    @property
+    @abc.abstractmethod
+    def T(self) -> float:
+        """End time."""
+
+    @abc.abstractmethod
+    def sde(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Drift ``(B, *)`` and diffusion ``(B,)`` at states ``x`` and times ``t``."""
+
+    @abc.abstractmethod
+    def marginal_prob(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean ``(B, *)`` and standard deviation ``(B,)`` of p(x_t | x_0 = x)."""
+
+    @abc.abstractmethod
+    def prior_sampling(self, shape: Sequence[int]) -> Tensor:
+        """A sample of p_T, on the CPU."""
+
+    @abc.abstractmethod
+    def prior_logp(self, z: Tensor) -> Tensor:
+        """log p_T(z) of each sample, ``(B,)``, in nats."""
+
+    def discretize(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """``x_{i+1} = x_i + f + G z_i``: f ``(B, *)`` and G ``(B,)``. Here Euler-Maruyama with step 1/N."""
+        dt = 1 / self.N
+        drift, diffusion = self.sde(x, t)
+        return drift * dt, diffusion * math.sqrt(dt)
+
+    def reverse(self, score_fn: Callable[[Tensor, Tensor], Tensor], probability_flow: bool = False) -> ReverseSDE:
+        """The reverse-time SDE (Song et al. 2021, eq. 6), or the probability-flow ODE (eq. 13)."""
+        return ReverseSDE(self, score_fn, probability_flow)
+
+
+class ReverseSDE(SDE):
+    """``dx = (drift - g^2 score) dt + g dw`` backwards in time; with ``probability_flow`` the score counts half and there is no noise."""
+
+    def __init__(self, forward: SDE, score_fn: Callable[[Tensor, Tensor], Tensor], probability_flow: bool = False) -> None:
+        super().__init__(forward.N)
+        self.forward, self.score_fn, self.probability_flow = forward, score_fn, probability_flow
+        self._score_weight = 0.5 if probability_flow else 1.0
+
+    @property
+    def T(self) -> float:
+        return self.forward.T
+
+    def sde_terms(self, x: Tensor, t: Any) -> tuple[Any, Tensor, Any]:
+        """``(f, out, q)`` with drift = f x + q out, where the forward SDE is affine; ``out`` is the raw network output where it can be."""
+        f, g = self.forward.sde_coefficients(t)  # type: ignore[attr-defined]
+        out, k = score_terms(self.score_fn, x, t)
+        return f, out, -self._score_weight * g * g * k
+
+    def discrete_terms(self, x: Tensor, t: Tensor) -> tuple[Any, Tensor, Any, Any]:
+        """``(f, out, q, G)`` with ``x_i = x_{i+1} - (f x + q out) + G z``."""
+        f, noise = self.forward.discrete_coefficients(t)  # type: ignore[attr-defined]
+        out, k = score_terms(self.score_fn, x, t)
+        return f, out, -self._score_weight * noise * noise * k, 0.0 if self.probability_flow else noise
+
+    def sde(self, x: Tensor, t: Tensor) -> tuple[Tensor, Any]:
+        if is_affine(self.forward):
+            f, out, q = self.sde_terms(x, t)
+            drift = ops.affine(x, out, f, q)
+            diffusion = self.forward.sde_coefficients(t)[1]  # type: ignore[attr-defined]
+        else:
+            drift, diffusion = self.forward.sde(x, t)
+            drift = drift - rows(self._score_weight * diffusion * diffusion, x) * self.score_fn(x, t)
+        return drift, 0.0 if self.probability_flow else diffusion
+
+    def discretize(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        if is_affine(self.forward):
+            f, out, q, _ = self.discrete_terms(x, t)
+            step = ops.affine(x, out, f, q)
+            noise = self.forward.discrete_coefficients(t)[1]  # type: ignore[attr-defined]
+        else:
+            step, noise = self.forward.discretize(x, t)
+            step = step - rows(self._score_weight * noise * noise, x) * self.score_fn(x, t)
+        return step, torch.zeros_like(noise) if self.probability_flow else noise
+
+    def marginal_prob(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        return self.forward.marginal_prob(x, t)
+
+    def prior_sampling(self, shape: Sequence[int]) -> Tensor:
+        return self.forward.prior_sampling(shape)
+
+    def prior_logp(self, z: Tensor) -> Tensor:
+        return self.forward.prior_logp(z)
+
+
+def score_terms(score_fn: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Any) -> tuple[Tensor, Any]:
+    """``(out, k)`` with score = k out: the raw output of the network and its coefficient for the score functions that
+    ``models.utils.get_score_fn`` makes, else the score itself and 1."""
+    terms = getattr(score_fn, "terms", None)
+    return terms(x, t) if terms else (score_fn(x, t), 1.0)
+
+
+class AffineSDE(SDE):
+    """An SDE ``dx = f(t) x dt + g(t) dw``, given by its coefficients. See the head of this module."""
+
+    @property
+    def T(self) -> float:
+        return 1
+
+    @abc.abstractmethod
+    def marginal_coefficients(self, t: Any) -> tuple[Any, Any]:
+        """``m(t), s(t)``: p(x_t | x_0) = N(m x_0, s^2)."""
+
+    @abc.abstractmethod
+    def sde_coefficients(self, t: Any) -> tuple[Any, Any]:
+        """``f(t), g(t)``: drift f x, diffusion g."""
+
+    def discrete_coefficients(self, t: Any) -> tuple[Any, Any]:
+        """``f, G`` of ``x_{i+1} = x_i + f x_i + G z_i``. Here Euler-Maruyama with step 1/N."""
+        f, g = self.sde_coefficients(t)
+        return f / self.N, g * math.sqrt(1 / self.N)
+
+    def sde(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        check_times(x, t, self.T)
+        f, g = self.sde_coefficients(t)
+        return rows(f, x) * x, g
+
+    def marginal_prob(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        check_times(x, t, self.T)
+        m, s = self.marginal_coefficients(t)
+        return rows(m, x) * x, s
+
+    def discretize(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        check_times(x, t, self.T)
+        f, noise = self.discrete_coefficients(t)
+        return rows(f, x) * x, noise
+
+    def _index(self, t: Tensor) -> Tensor:
+        """Row of the discrete tables at times ``t``."""
+        return (t * (self.N - 1) / self.T).long()
+
+    def _row(self, table: Tensor, t: Tensor) -> Tensor:
+        return table.to(t.device)[self._index(t)].to(t.dtype)
+
+    def prior_sampling(self, shape: Sequence[int]) -> Tensor:
+        return torch.randn(*shape)
+
+    def prior_logp(self, z: Tensor) -> Tensor:
+        return _normal_logp(z, 1.0)
+
+
+_AFFINE_METHODS = ("sde", "marginal_prob", "discretize")
+
+
+def is_affine(sde: Any) -> bool:
+    """Whether the coefficients of ``sde`` say everything: an AffineSDE none of whose derived methods was replaced."""
+    return isinstance(sde, AffineSDE) and all(
+        getattr(type(sde), name) is getattr(AffineSDE, name) and name not in vars(sde) for name in _AFFINE_METHODS
+    )
+
+
+def _normal_logp(z: Tensor, std: float) -> Tensor:
+    n = math.prod(z.shape[1:])
+    return -n / 2.0 * math.log(2 * math.pi * std**2) - z.square().reshape(len(z), n).sum(1) / (2 * std**2)
+
+
+class _DiscreteVP(AffineSDE):
+    """The discrete noise scale that VP and sub-VP share (Ho et al. 2020)."""
+
+    def __init__(self, beta_min: float = 0.1, beta_max: float = 20, N: int = 1000) -> None:
+        super().__init__(N)
+        if not 0 < beta_min <= beta_max < math.inf:
+            raise ValueError(f"beta_min, beta_max: expected 0 < beta_min <= beta_max < inf, got {beta_min} and {beta_max}.")
+        self.beta_0, self.beta_1 = beta_min, beta_max
+        self.discrete_betas = torch.linspace(beta_min / N, beta_max / N, N)
+        self.alphas = 1.0 - self.discrete_betas
+        self.alphas_cumprod = torch.cumprod(self.alphas, dim=0)
+        self.sqrt_alphas_cumprod = torch.sqrt(self.alphas_cumprod)
+        self.sqrt_1m_alphas_cumprod = torch.sqrt(1.0 - self.alphas_cumprod)
+
+    def discrete_beta(self, t: Tensor) -> Tensor:
+        """beta of the discrete process at times ``t``."""
+        return self._row(self.discrete_betas, t)
+
+    def discrete_alpha(self, t: Tensor) -> Tensor:
+        """alpha = 1 - beta of the discrete process at times ``t``."""
+        return self._row(self.alphas, t)
+
+    def beta(self, t: Time) -> Time:
+        return self.beta_0 + t * (self.beta_1 - self.beta_0)
+
+    def log_mean(self, t: Time) -> Time:
+        """log m(t) = - 1/2 of the integral of beta."""
+        return -0.25 * t * t * (self.beta_1 - self.beta_0) - 0.5 * t * self.beta_0
+
+
+class VPSDE(_DiscreteVP):
+    """Variance preserving: dx = -beta(t)/2 x dt + sqrt(beta(t)) dw (Song et al. 2021, eq. 11, 33).
+
+    Args:
+        beta_min, beta_max: beta(0) and beta(1).
+        N: discretisation steps.
+    """
+
+    def marginal_coefficients(self, t: Any) -> tuple[Any, Any]:
+        log_mean = self.log_mean(t)
+        return exp(log_mean), sqrt(-expm1(2.0 * log_mean))
+
+    def sde_coefficients(self, t: Any) -> tuple[Any, Any]:
+        beta = self.beta(t)
+        return -0.5 * beta, sqrt(beta)
+
+    def discrete_coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """DDPM: x_{i+1} = sqrt(alpha_i) x_i + sqrt(beta_i) z_i (Ho et al. 2020)."""
+        return self.discrete_alpha(t).sqrt() - 1.0, self.discrete_beta(t).sqrt()
+
+
+class subVPSDE(_DiscreteVP):
+    """Sub-variance preserving: VP's drift, g^2 = beta(t) (1 - exp(-2 integral of beta)) (Song et al. 2021, eq. 12, 29)."""
+
+    def marginal_coefficients(self, t: Any) -> tuple[Any, Any]:
+        log_mean = self.log_mean(t)
+        return exp(log_mean), -expm1(2.0 * log_mean)
+
+    def sde_coefficients(self, t: Any) -> tuple[Any, Any]:
+        beta = self.beta(t)
+        return -0.5 * beta, sqrt(-beta * expm1(4.0 * self.log_mean(t)))
+
+
+class VESDE(AffineSDE):
+    """Variance exploding: dx = sigma(t) sqrt(2 log(sigma_max / sigma_min)) dw, sigma(t) geometric (Song et al. 2021, eq. 9, 30).
+
+    Args:
+        sigma_min, sigma_max: sigma(0) and sigma(1).
+        N: discretisation steps.
+    """
+
+    def __init__(self, sigma_min: float = 0.01, sigma_max: float = 50, N: int = 1000) -> None:
+        super().__init__(N)
+        if not 0 < sigma_min <= sigma_max < math.inf:
+            raise ValueError(f"sigma_min, sigma_max: expected 0 < sigma_min <= sigma_max < inf, got {sigma_min} and {sigma_max}.")
+        self.sigma_min, self.sigma_max = sigma_min, sigma_max
+        self.discrete_sigmas = torch.exp(torch.linspace(math.log(sigma_min), math.log(sigma_max), N))
+
+    def sigma(self, t: Time) -> Time:
+        return self.sigma_min * (self.sigma_max / self.sigma_min) ** t
+
+    def marginal_coefficients(self, t: Any) -> tuple[Any, Any]:
+        return (torch.ones_like(t) if isinstance(t, Tensor) else 1.0), self.sigma(t)
+
+    def sde_coefficients(self, t: Any) -> tuple[Any, Any]:
+        zero = torch.zeros_like(t) if isinstance(t, Tensor) else 0.0
+        return zero, self.sigma(t) * math.sqrt(2 * math.log(self.sigma_max / self.sigma_min))
+
+    def discrete_coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """SMLD: x_{i+1} = x_i + sqrt(sigma_i^2 - sigma_{i-1}^2) z_i, with sigma_{-1} = 0 (Song and Ermon 2019)."""
+        sigma, below = self.adjacent_sigmas(t)
+        return torch.zeros_like(t), torch.sqrt(sigma**2 - below**2)
+
+    def adjacent_sigmas(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The discrete sigma at times ``t`` and the next smaller one, 0 below the first."""
+        index = self._index(t)
+        sigmas = self.discrete_sigmas.to(t.device, t.dtype)
+        return sigmas[index], torch.where(index == 0, torch.zeros_like(t), sigmas[(index - 1).clamp(min=0)])
+
+    def prior_sampling(self, shape: Sequence[int]) -> Tensor:
+        return torch.randn(*shape) * self.sigma_max
+
+    def prior_logp(self, z: Tensor) -> Tensor:
+        return _normal_logp(z, self.sigma_max)

@@ -1,0 +1,152 @@
+"""Builds the extension module scoresde_ext._C: C++ always, CUDA where nvcc is found. The rest is in pyproject.toml.
+
+Environment: SCORESDE_EXT_CUDA=0|1 decides about CUDA by hand, TORCH_CUDA_ARCH_LIST names the architectures, MAX_JOBS
+limits the compilers that run at once.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from glob import glob
+from pathlib import Path
+from typing import NamedTuple
+
+from setuptools import Extension, setup
+
+TORCH_NEEDED = (2, 11)
+DEFAULT_CUDA_ARCHS = "8.0;9.0+PTX"
+
+try:
+    import torch
+    from torch.utils import cpp_extension
+except ModuleNotFoundError as error:
+    if error.name != "torch":
+        raise
+    sys.exit(
+        "Building scoresde_ext needs the torch it will run with, and this build environment has none (pip's build "
+        "isolation hides an installed one): run `pip install torch`, then `pip install --no-build-isolation .`"
+    )
+if tuple(map(int, torch.__version__.split(".")[:2])) < TORCH_NEEDED:
+    sys.exit(
+        f"Building scoresde_ext needs torch >= {'.'.join(map(str, TORCH_NEEDED))}, and this environment has "
+        f"{torch.__version__}: run `pip install --upgrade torch`, then `pip install --no-build-isolation .`"
+    )
+
+
+class Nvcc(NamedTuple):
+    """A CUDA compiler, as it describes itself."""
+
+    version: str  # "13.0"
+    home: str
+    library_dirs: list[str]
+
+
+def find_nvcc() -> Nvcc | None:
+    """CUDA_HOME decides if it is set; then PATH, then /usr/local/cuda. A CPU-only torch does not search by itself."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home:
+        nvcc = os.path.join(home, "bin", "nvcc")
+    else:
+        nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    if not os.access(nvcc, os.X_OK):
+        return None
+
+    def ask(*arguments: str) -> str:
+        return subprocess.run([nvcc, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
+
+    release = re.search(r"release (\d+\.\d+)", ask("--version"))
+    # nvcc on PATH may be a link or a script somewhere else: a dry run tells where the toolkit and its libraries are.
+    plan = ask("--dryrun", "-x", "cu", os.devnull)
+    top = re.search(r"^#\$ TOP=(.+)$", plan, re.MULTILINE)
+    if release is None or top is None:
+        sys.exit(f"{nvcc} does not answer as a CUDA compiler: mend it, or build for the CPU with SCORESDE_EXT_CUDA=0")
+    toolkit = os.path.realpath(top[1].strip())
+    candidates = [*re.findall(r'"-L([^"]+)"', plan), f"{toolkit}/lib64", f"{toolkit}/lib"]
+    return Nvcc(
+        version=release[1],
+        home=toolkit,
+        # Empty for a distribution's own package, whose libraries lie where the linker looks anyway.
+        library_dirs=[os.path.realpath(d) for d in candidates if os.path.exists(f"{d}/libcudart_static.a")][:1],
+    )
+
+
+def wanted_nvcc() -> Nvcc | None:
+    """The compiler to build CUDA with, or None for a build without CUDA."""
+    choice = os.environ.get("SCORESDE_EXT_CUDA", "")
+    if choice not in ("", "0", "1"):
+        sys.exit(f"SCORESDE_EXT_CUDA must be 0 or 1, or unset to build CUDA where nvcc is found; it is {choice!r}")
+    if choice == "0":
+        return None
+    nvcc = find_nvcc()
+    if choice == "1" and nvcc is None:
+        sys.exit(
+            "SCORESDE_EXT_CUDA=1 asks for CUDA, but there is no nvcc in CUDA_HOME, on PATH or in /usr/local/cuda: "
+            "install the CUDA toolkit, or point CUDA_HOME at it, or build for the CPU with SCORESDE_EXT_CUDA=0"
+        )
+    return nvcc
+
+
+class BuildExtension(cpp_extension.BuildExtension):
+    def finalize_options(self) -> None:
+        # Editable installs would compile in a folder that is thrown away, so that every rebuild started from nothing.
+        self.build_temp = self.build_temp or f"build/{sys.implementation.cache_tag}"
+        super().finalize_options()
+
+    def build_extensions(self) -> None:
+        # torch tracks the headers a .cu includes only where it was built with CUDA itself.
+        changed = max(map(os.path.getmtime, glob("csrc/*/*.h") + glob("csrc/*/*.cuh")))
+        for source in glob("csrc/kernels/*.cu"):
+            compiled = Path(self.build_temp, source).with_suffix(".o")
+            if compiled.exists() and compiled.stat().st_mtime < changed:
+                compiled.unlink()
+        super().build_extensions()
+
+
+def extension() -> Extension:
+    sources = sorted(glob("csrc/torch/*.cpp") + glob("csrc/kernels/*.cpp"))
+    # No contraction: a * b + c rounds twice on every machine, so that all instruction sets give the same bits.
+    flags = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-g0", "-Wall"]
+    macros, nvcc_flags, libraries, library_dirs = [], [], [], []
+
+    nvcc = wanted_nvcc()
+    if nvcc is not None:
+        if torch.version.cuda and torch.version.cuda.split(".")[0] != nvcc.version.split(".")[0]:
+            print(
+                f"warning: nvcc is of CUDA {nvcc.version} and torch {torch.__version__} of CUDA {torch.version.cuda}: "
+                "building all the same, and the driver must be new enough for both",
+                file=sys.stderr,
+            )
+            # torch refuses where the majors differ, for extensions that link its CUDA libraries. This one does not.
+            cpp_extension._check_cuda_version = lambda *_: None
+        cpp_extension.CUDA_HOME = nvcc.home
+        archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_CUDA_ARCHS
+        os.environ["TORCH_CUDA_ARCH_LIST"] = archs
+        sources += sorted(glob("csrc/kernels/*.cu"))
+        macros = [
+            "-DSCORESDE_EXT_WITH_CUDA",
+            f'-DSCORESDE_EXT_NVCC="{nvcc.version}"',
+            f'-DSCORESDE_EXT_CUDA_ARCHS="{archs}"',
+        ]
+        nvcc_flags = ["-O3", "-Xcompiler", "-fvisibility=hidden"]
+        libraries = ["cudart_static", "rt", "dl", "pthread"]
+        library_dirs = nvcc.library_dirs
+
+    return cpp_extension.CppExtension(
+        "scoresde_ext._C",
+        sources,
+        include_dirs=[os.path.abspath("csrc")],
+        library_dirs=library_dirs,
+        libraries=libraries,
+        extra_compile_args={"cxx": flags + macros, "nvcc": nvcc_flags},
+    )
+
+
+# ninja, from pip, stands beside the interpreter; its folder is on PATH only where the environment was activated.
+os.environ["PATH"] = sysconfig.get_path("scripts") + os.pathsep + os.environ.get("PATH", os.defpath)
+
+setup(ext_modules=[extension()], cmdclass={"build_ext": BuildExtension})
