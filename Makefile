@@ -27,13 +27,13 @@ test: $(EXTENSION) ## run the test suite (ARGS="-k loss" passes arguments to pyt
 lint: $(DEPENDENCIES) ## check style and types: ruff, clang-format, mypy
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
+	$(RUN) $(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
 	$(RUN) -m mypy
 
 format: $(DEPENDENCIES) ## rewrite Python and C++ in the house style
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
-	$(VENV)/bin/clang-format -i $(CXX_FILES)
+	$(RUN) $(VENV)/bin/clang-format -i $(CXX_FILES)
 
 build: $(EXTENSION) ## make .venv and build the extension in place
 

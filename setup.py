@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -91,6 +92,27 @@ def wanted_nvcc() -> Nvcc | None:
     return nvcc
 
 
+def check_compiler() -> None:
+    compiler = cpp_extension.get_cxx_compiler()
+    if shutil.which(shlex.split(compiler)[0]) is None:
+        sys.exit(f"Building scoresde_ext needs a C++ compiler, and there is no {compiler}: install g++, or set CXX")
+    headers = sysconfig.get_path("include")
+    if not os.path.exists(f"{headers}/Python.h"):
+        sys.exit(
+            f"Building scoresde_ext needs Python's headers, and {headers} has no Python.h: install them (python3-dev, "
+            "python3-devel), or use a Python that has them"
+        )
+
+
+def forget_stale_cuda(build_temp: str) -> None:
+    """Removes the objects of .cu files older than a header: torch tracks those only where it has CUDA itself."""
+    changed = max(map(os.path.getmtime, glob("csrc/*/*.h") + glob("csrc/*/*.cuh")))
+    for source in glob("csrc/kernels/*.cu"):
+        compiled = Path(build_temp, source).with_suffix(".o")
+        if compiled.exists() and compiled.stat().st_mtime < changed:
+            compiled.unlink()
+
+
 class BuildExtension(cpp_extension.BuildExtension):
     def finalize_options(self) -> None:
         # Editable installs would compile in a folder that is thrown away, so that every rebuild started from nothing.
@@ -98,12 +120,8 @@ class BuildExtension(cpp_extension.BuildExtension):
         super().finalize_options()
 
     def build_extensions(self) -> None:
-        # torch tracks the headers a .cu includes only where it was built with CUDA itself.
-        changed = max(map(os.path.getmtime, glob("csrc/*/*.h") + glob("csrc/*/*.cuh")))
-        for source in glob("csrc/kernels/*.cu"):
-            compiled = Path(self.build_temp, source).with_suffix(".o")
-            if compiled.exists() and compiled.stat().st_mtime < changed:
-                compiled.unlink()
+        check_compiler()
+        forget_stale_cuda(self.build_temp)
         super().build_extensions()
 
 

@@ -22,8 +22,12 @@ class _Known:
     def __init__(self, sde: SDE, data: Tensor, mask: Tensor, decouple: Callable[[Tensor], Tensor], couple: Callable[[Tensor], Tensor]) -> None:
         self.sde, self.data, self.mask, self.decouple, self.couple = sde, data, mask, decouple, couple
 
+    def start(self, prior: Tensor) -> Tensor:
+        """The known part of the data, and the prior elsewhere. (Upstream masks the prior before it decouples it.)"""
+        return self.couple(self.decouple(self.data) * self.mask + self.decouple(prior * (1.0 - self.mask)))
+
     def merge(self, x: Tensor, known: Tensor) -> Tensor:
-        """The known part of ``known`` (already decoupled), the rest of ``x``."""
+        """The known part of ``known``, which is decoupled already, and the rest of ``x``."""
         return self.couple(self.decouple(x) * (1.0 - self.mask) + known * self.mask)
 
     def after(self, step: Step, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -33,6 +37,11 @@ class _Known:
         mean, std = self.sde.marginal_prob(known, t)
         noisy = mean + noise.normal_tensor(x) * rows(std, x)
         return self.merge(x, noisy), self.merge(x, mean)
+
+
+def _broadcasts(mask: Tensor, data: Tensor) -> bool:
+    sizes = zip(reversed(mask.shape), reversed(data.shape), strict=False)
+    return mask.dim() <= data.dim() and all(m in (1, d) for m, d in sizes)
 
 
 def _identity(x: Tensor) -> Tensor:
@@ -68,7 +77,7 @@ def get_pc_inpainter(
     def pc_inpainter(model: Any, data: Tensor, mask: Tensor) -> Tensor:
         integrate.check_state("data", data)
         integrate.check_state("mask", mask)
-        if torch.broadcast_shapes(mask.shape, data.shape) != data.shape or mask.device != data.device:
+        if not _broadcasts(mask, data) or mask.device != data.device:
             raise ValueError(
                 f"mask: expected the shape and device of data, {tuple(data.shape)} on {data.device}, got {tuple(mask.shape)} on {mask.device}."
             )
@@ -134,7 +143,7 @@ def _get_pc_filler(
         with torch.no_grad():
             loop = PCLoop(sde, model, predictor, corrector, snr, n_steps, probability_flow, continuous)
             prior = noise.prior(sde, data.shape, data.device).to(data.dtype)
-            x = x_mean = known.merge(prior, known.decouple(data) * known.mask)
+            x = x_mean = known.start(prior)
             with noise.run(data.device):
                 for t in sampling.times_of(sde, eps, data.device):
                     vec_t = t.expand(len(x))

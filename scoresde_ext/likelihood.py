@@ -56,7 +56,7 @@ class _FlowWithDivergence(sampling.ProbabilityFlow):
             if not out.requires_grad:
                 raise ValueError("model: expected an output that is differentiable in x, got one without gradient.")
             (product,) = torch.autograd.grad(out, x, self.eps)
-        f, q = self.coefficients(t) if self.fused else (0.0, 1.0)
+        f, q = self.coefficients_at(t) if self.fused else (0.0, 1.0)
         divergence = f * self.eps_squared + q * _row_dot(product, self.eps)
         return Terms(out.detach(), f, q), Terms(divergence)
 

@@ -106,7 +106,11 @@ class _Replay:
         return self._next(like, "uniform noise").to(like.dtype)
 
     def integers(self, high: int, like: Tensor) -> Tensor:
-        return self._next(like, f"integers below {high}").to(torch.int64)
+        drawn = self._next(like, f"integers below {high}")
+        integers = drawn.to(torch.int64)
+        if not torch.equal(integers.to(drawn.dtype), drawn) or bool(((integers < 0) | (integers >= high)).any()):
+            raise ValueError(f"noise.replay: draw {self.taken - 1} has to hold integers from 0 to {high - 1}, got {drawn.dtype} with other values.")
+        return integers
 
 
 class _InForce(threading.local):

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from . import integrate, noise, ops, sde_lib
 from .integrate import SolverError, Terms, time_vector
 from .models import utils as mutils
-from .sde_lib import SDE, ReverseSDE, is_affine, score_terms
+from .sde_lib import SDE, ReverseSDE, at_time, check_inputs, is_affine, score_terms
 
 ScoreFn = Callable[[Tensor, Tensor], Tensor]
 InverseScaler = Callable[[Tensor], Tensor]
@@ -93,6 +93,7 @@ class EulerMaruyamaPredictor(Predictor):
     """Euler-Maruyama with step 1/N."""
 
     def update_fn(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        check_inputs(x, t, self.sde.T)
         dt = -1.0 / self.rsde.N
         if isinstance(self.rsde, ReverseSDE) and is_affine(self.sde):
             f, out, q = self.rsde.sde_terms(x, t)
@@ -107,6 +108,7 @@ class ReverseDiffusionPredictor(Predictor):
     """The reverse of the forward SDE's own discretisation (Song et al. 2021, eq. 46)."""
 
     def update_fn(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        check_inputs(x, t, self.sde.T)
         if isinstance(self.rsde, ReverseSDE) and is_affine(self.sde):
             f, out, q, n = self.rsde.discrete_terms(x, t)
             return _update(x, out, 1.0 - f, -q, n)
@@ -126,6 +128,7 @@ class AncestralSamplingPredictor(Predictor):
             raise AssertionError("probability_flow: ancestral sampling has no probability flow. Use reverse_diffusion.")
 
     def update_fn(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        check_inputs(x, t, self.sde.T)
         out, k = score_terms(self.score_fn, x, t)
         if isinstance(self.sde, sde_lib.VESDE):
             sigma, below = self.sde.adjacent_sigmas(t)
@@ -179,6 +182,7 @@ class LangevinCorrector(Corrector):
     over the batch (Song et al. 2021, algorithms 4 and 5)."""
 
     def update_fn(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        check_inputs(x, t, self.sde.T)
         x_mean, alpha = x, self._alpha(t)
         for _ in range(self.n_steps):
             out, k = score_terms(self.score_fn, x, t)
@@ -195,6 +199,7 @@ class AnnealedLangevinDynamics(Corrector):
     """Annealed Langevin dynamics of NCSN: ``e = 2 alpha (snr std(t))^2`` (Song and Ermon 2019)."""
 
     def update_fn(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        check_inputs(x, t, self.sde.T)
         x_mean = x
         std = self.sde.marginal_coefficients(t)[1] if is_affine(self.sde) else self.sde.marginal_prob(x, t)[1]  # type: ignore[attr-defined]
         step = 2.0 * self._alpha(t) * (self.snr * std) ** 2
@@ -371,16 +376,19 @@ class ProbabilityFlow:
         self.rsde = sde.reverse(score_fn, probability_flow=True)
         self.fused = is_affine(sde)
 
-    def coefficients(self, t: float) -> tuple[float, float]:
+    def coefficients(self, t: Any) -> tuple[Any, Any]:
         """``f, q`` with the derivative f x + q out."""
         f, g = self.sde.sde_coefficients(t)  # type: ignore[attr-defined]
         return f, -0.5 * g * g * self.score_fn.coefficient(t)
+
+    def coefficients_at(self, t: float) -> tuple[float, ...]:
+        return at_time(self.coefficients, self.sde, t)  # type: ignore[arg-type]
 
     def terms(self, t: float, ys: tuple[Tensor, ...]) -> tuple[Terms, ...]:
         (x,) = ys
         times = time_vector(t, x)
         if self.fused:
-            return (Terms(self.score_fn.network(x, self.score_fn.labels(times)).to(x.dtype), *self.coefficients(t)),)
+            return (Terms(self.score_fn.network(x, self.score_fn.labels(times)).to(x.dtype), *self.coefficients_at(t)),)
         return (Terms(self.rsde.sde(x, times)[0].to(x.dtype)),)
 
 

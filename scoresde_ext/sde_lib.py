@@ -7,7 +7,8 @@ and standard deviation ``s(t)``, and everything that is done with it runs in the
         def marginal_coefficients(self, t):  # m, s
         def sde_coefficients(self, t):       # f, g
 
-``t`` is a tensor of shape ``(B,)`` or a Python float; :func:`exp` and its fellows below serve both. Data have shape ``(B, *)``.
+``t`` is a tensor of shape ``(B,)``, and so are the coefficients. (The classes of this module take Python floats as well.) Data have shape
+``(B, *)``.
 """
 
 from __future__ import annotations
@@ -39,12 +40,15 @@ def sqrt(v: Time) -> Time:
     return v.sqrt() if isinstance(v, Tensor) else math.sqrt(v)
 
 
-def check_times(x: Tensor, t: Tensor, T: float) -> None:
-    """Times are one a sample, in [0, T]. Their values are looked at on the CPU alone: elsewhere that would wait for the device.
+def check_inputs(x: Tensor, t: Tensor, T: float) -> None:
+    """States are floating point ``(B, *)``; times are one a sample, in [0, T]. The times' values are looked at on the CPU alone: elsewhere that would wait for the device.
 
     Raises:
         ValueError: another shape, dtype or device, a value outside [0, T], or NaN.
     """
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 1:
+        got = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else repr(x)
+        raise ValueError(f"x: expected a floating-point tensor of shape (B, ...), got {got}.")
     if not isinstance(t, Tensor) or not t.is_floating_point() or t.shape != x.shape[:1] or t.device != x.device:
         got = f"{t.dtype} {tuple(t.shape)} on {t.device}" if isinstance(t, Tensor) else repr(t)
         raise ValueError(
@@ -120,6 +124,7 @@ class ReverseSDE(SDE):
         return f, out, -self._score_weight * noise * noise * k, 0.0 if self.probability_flow else noise
 
     def sde(self, x: Tensor, t: Tensor) -> tuple[Tensor, Any]:
+        check_inputs(x, t, self.T)
         if is_affine(self.forward):
             f, out, q = self.sde_terms(x, t)
             drift = ops.affine(x, out, f, q)
@@ -130,6 +135,7 @@ class ReverseSDE(SDE):
         return drift, 0.0 if self.probability_flow else diffusion
 
     def discretize(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        check_inputs(x, t, self.T)
         if is_affine(self.forward):
             f, out, q, _ = self.discrete_terms(x, t)
             step = ops.affine(x, out, f, q)
@@ -177,17 +183,17 @@ class AffineSDE(SDE):
         return f / self.N, g * math.sqrt(1 / self.N)
 
     def sde(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        check_times(x, t, self.T)
+        check_inputs(x, t, self.T)
         f, g = self.sde_coefficients(t)
         return rows(f, x) * x, g
 
     def marginal_prob(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        check_times(x, t, self.T)
+        check_inputs(x, t, self.T)
         m, s = self.marginal_coefficients(t)
         return rows(m, x) * x, s
 
     def discretize(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        check_times(x, t, self.T)
+        check_inputs(x, t, self.T)
         f, noise = self.discrete_coefficients(t)
         return rows(f, x) * x, noise
 
@@ -203,6 +209,14 @@ class AffineSDE(SDE):
 
     def prior_logp(self, z: Tensor) -> Tensor:
         return _normal_logp(z, 1.0)
+
+
+def at_time(coefficients: Callable[[Any], tuple[Any, ...]], sde: AffineSDE, t: float) -> tuple[float, ...]:
+    """``coefficients(t)`` of one time for all samples, in double precision. The SDEs of this module compute with floats, which is an order of
+    magnitude faster than with tensors of one element; a user's own class is handed a tensor."""
+    if type(sde).__module__ == __name__:
+        return coefficients(t)
+    return tuple(float(c) for c in coefficients(torch.tensor([t], dtype=torch.float64)))
 
 
 _AFFINE_METHODS = ("sde", "marginal_prob", "discretize")

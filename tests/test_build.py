@@ -2,11 +2,13 @@
 
 import importlib
 import importlib.metadata
+import os
 import re
 import runpy
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 from pathlib import Path
 
@@ -41,7 +43,7 @@ class Setup:
     def __call__(self, **environment):
         for name, value in environment.items():
             self.monkeypatch.setenv(name, str(value))
-        runpy.run_path("setup.py", run_name="__main__")
+        self.functions = runpy.run_path("setup.py", run_name="__main__")
         return self.extension
 
 
@@ -146,6 +148,35 @@ def test_a_torch_too_old_is_named(setup_py, monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.9.1+cu128")
     with pytest.raises(SystemExit, match=r"torch >= 2\.11.*2\.9\.1\+cu128"):
         setup_py()
+
+
+def test_without_compiler_or_python_headers_the_build_says_so(setup_py, monkeypatch, tmp_path):
+    setup_py(SCORESDE_EXT_CUDA="0")
+    check_compiler = setup_py.functions["check_compiler"]
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setenv("CXX", "sh")  # any program that is there
+    with pytest.raises(SystemExit, match="has no Python.h: install them"):
+        check_compiler()
+    (tmp_path / "Python.h").touch()
+    check_compiler()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(SystemExit, match=r"no no-such-compiler: install g\+\+"):
+        check_compiler()
+
+
+def test_cuda_is_compiled_again_where_a_header_is_newer(setup_py, tmp_path, monkeypatch):
+    setup_py(SCORESDE_EXT_CUDA="0")
+    monkeypatch.chdir(tmp_path)
+    header, source, compiled = Path("csrc/math/a.h"), Path("csrc/kernels/a.cu"), Path("temp/csrc/kernels/a.o")
+    for age, path in ((3, source), (2, header), (1, compiled)):
+        path.parent.mkdir(parents=True)
+        path.touch()
+        os.utime(path, (1e9 - age, 1e9 - age))
+    setup_py.functions["forget_stale_cuda"]("temp")
+    assert compiled.exists()
+    os.utime(header, (1e9, 1e9))
+    setup_py.functions["forget_stale_cuda"]("temp")
+    assert not compiled.exists()
 
 
 def test_the_sdist_holds_everything_a_build_needs(tmp_path):

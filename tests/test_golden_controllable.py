@@ -4,7 +4,8 @@ from golden import arrays, assert_rounding, cases, every_case, expected, make_ne
 
 from scoresde_ext import controllable_generation, noise, sampling
 
-ROUNDINGS = 64
+# As in test_golden_pc.py; a colorization also turns every state into gray and colour and back, twice a step.
+ROUNDINGS = 32
 
 SECTION = arrays("controllable")
 

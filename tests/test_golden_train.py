@@ -6,14 +6,14 @@ from typing import Any
 import torch
 from golden import Case, arrays, assert_rounding, cases, every_case, expected, make_sde, recorded
 from networks import TinyTrainNet
-from scoresde_ext.models.ema import ExponentialMovingAverage
 from torch import Tensor
 
 from scoresde_ext import losses, noise
+from scoresde_ext.models.ema import ExponentialMovingAverage
 
 # Losses are sums of squares.  Adam divides every gradient element by its own running size, so an element that cancels
-# to a small value carries a large relative error into its weight; but a step is at most lr = 2e-3 long, and 16 roundings
-# of numbers of the size of a weight (0.2) are 2e-4 of that.
+# to a small value carries a large relative error into its weight; but a step is at most lr = 2e-3 long, and 16
+# roundings of numbers of the size of a weight (0.2) are 2e-4 of that.
 ROUNDINGS = 16
 
 SECTION = arrays("train")

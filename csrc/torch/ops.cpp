@@ -159,7 +159,7 @@ std::pair<Tensor, Tensor> run_affine(const Tensor& x, const OptTensor& out, cons
   const Shape shape = shape_of(x, "x");
   const NoiseInput noise(z, key, ids, draw, x, layout);
   TORCH_CHECK_VALUE(out.has_value() == q.has_value(), "out, q: expected both or neither.");
-  TORCH_CHECK_VALUE(n.has_value() == noise.noise.any(), "n: expected exactly where there is noise (z or key).");
+  TORCH_CHECK_VALUE(n.has_value() == (z.has_value() || key.has_value()), "n: expected exactly where there is noise (z or key).");
   const Tensor xs = layout.input(x, "x");
   const Tensor outs = out ? layout.input(*out, "out") : Tensor();
   const Numbers ps(p, "p", x), qs(q, "q", x), ns(n, "n", x);
@@ -197,7 +197,7 @@ std::tuple<Tensor, Tensor> score_loss(const Tensor& out, const OptTensor& c, con
   const Layout layout(out, "out", key.has_value());
   const Shape shape = shape_of(out, "out");
   const NoiseInput noise(z, key, ids, draw, out, layout);
-  TORCH_CHECK_VALUE(d.has_value() == noise.noise.any(), "d: expected exactly where there is noise (z or key).");
+  TORCH_CHECK_VALUE(d.has_value() == (z.has_value() || key.has_value()), "d: expected exactly where there is noise (z or key).");
   TORCH_CHECK_VALUE(c.has_value() || (d.has_value() && !with_grad), "c: expected a coefficient of out, or d and no gradient.");
   const Tensor outs = layout.input(out, "out");
   const Numbers cs(c, "c", out), ds(d, "d", out), ws(w, "w", out);

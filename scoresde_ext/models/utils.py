@@ -120,14 +120,17 @@ class ScoreFunction:
     Called, it returns the score, shape ``(B, *)``, at states ``x`` and times ``t`` ``(B,)``. :meth:`terms` leaves the product to the kernels.
     """
 
-    def __init__(self, network: Callable[[Tensor, Tensor], Tensor], labels: Callable[[Tensor], Tensor], coefficient: Callable[[Any], Any]) -> None:
-        self.network, self.labels, self.coefficient = network, labels, coefficient
+    def __init__(
+        self, sde: sde_lib.SDE, network: Network, labels: Callable[[Tensor], Tensor], coefficient: Callable[[Any], Any]
+    ) -> None:
+        self.sde, self.network, self.labels, self.coefficient = sde, network, labels, coefficient
 
     def terms(self, x: Tensor, t: Tensor) -> tuple[Tensor, Any]:
         """``(out, k)``"""
         return self.network(x, self.labels(t)), self.coefficient(t)
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        sde_lib.check_inputs(x, t, self.sde.T)
         out, k = self.terms(x, t)
         return (rows(k, out) * out).to(x.dtype)
 
@@ -152,18 +155,18 @@ def make_score_fn(sde: sde_lib.SDE, network: Callable[[Tensor, Tensor], Tensor],
     """:func:`get_score_fn` for a network that is in its mode already."""
     if isinstance(sde, (sde_lib.VPSDE, sde_lib.subVPSDE)):
         if continuous or isinstance(sde, sde_lib.subVPSDE):
-            return ScoreFunction(network, lambda t: t * 999, lambda t: -1.0 / _marginal_std(sde, t))
+            return ScoreFunction(sde, network, lambda t: t * 999, lambda t: -1.0 / _marginal_std(sde, t))
 
         def discrete_std(t: Tensor) -> Tensor:
             labels = (t * (sde.N - 1)).long()
             return sde.sqrt_1m_alphas_cumprod.to(t.device)[labels].to(t.dtype)
 
-        return ScoreFunction(network, lambda t: t * (sde.N - 1), lambda t: -1.0 / discrete_std(t))
+        return ScoreFunction(sde, network, lambda t: t * (sde.N - 1), lambda t: -1.0 / discrete_std(t))
     if isinstance(sde, sde_lib.VESDE):
         if continuous:
-            return ScoreFunction(network, lambda t: _marginal_std(sde, t), lambda t: 1.0)
-        return ScoreFunction(network, lambda t: torch.round((sde.T - t) * (sde.N - 1)).long(), lambda t: 1.0)
-    return ScoreFunction(network, lambda t: t, lambda t: 1.0)
+            return ScoreFunction(sde, network, lambda t: _marginal_std(sde, t), lambda t: 1.0)
+        return ScoreFunction(sde, network, lambda t: torch.round((sde.T - t) * (sde.N - 1)).long(), lambda t: 1.0)
+    return ScoreFunction(sde, network, lambda t: t, lambda t: 1.0)
 
 
 def _marginal_std(sde: sde_lib.AffineSDE, t: Any) -> Any:
