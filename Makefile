@@ -22,7 +22,7 @@ demo: $(EXTENSION) ## draw 256 digits: out/digits.png, out/digits.npz, and the f
 	$(RUN) examples/digits/draw.py
 
 test: $(EXTENSION) ## run the test suite (ARGS="-k loss" passes arguments to pytest)
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest -n 2 $(ARGS)
 
 lint: $(DEPENDENCIES) ## check style and types: ruff, clang-format, mypy
 	$(RUN) -m ruff check .

@@ -127,7 +127,7 @@ class BuildExtension(cpp_extension.BuildExtension):
 
 def extension() -> Extension:
     sources = sorted(glob("csrc/torch/*.cpp") + glob("csrc/kernels/*.cpp"))
-    # No contraction: a * b + c rounds twice on every machine, so that all instruction sets give the same bits.
+    # No contraction: products and sums are fused where the source says so, never by the compiler's own choice.
     flags = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-g0", "-Wall"]
     macros, nvcc_flags, libraries, library_dirs = [], [], [], []
 

@@ -19,7 +19,14 @@ Step = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 class _Known:
     """What is known of the data: replaces it in the state after every step, noised to the step's time."""
 
-    def __init__(self, sde: SDE, data: Tensor, mask: Tensor, decouple: Callable[[Tensor], Tensor], couple: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self,
+        sde: SDE,
+        data: Tensor,
+        mask: Tensor,
+        decouple: Callable[[Tensor], Tensor],
+        couple: Callable[[Tensor], Tensor],
+    ) -> None:
         self.sde, self.data, self.mask, self.decouple, self.couple = sde, data, mask, decouple, couple
 
     def start(self, prior: Tensor) -> Tensor:
@@ -48,7 +55,8 @@ def _identity(x: Tensor) -> Tensor:
     return x
 
 
-# Gray is the first coordinate of an orthonormal basis of colour space; the other two are found by QR from the gray axis.
+# Gray is the first coordinate of an orthonormal basis of colour space; the other two are found by QR from the gray
+# axis.
 def _colour_basis() -> Tensor:
     axes = torch.eye(3, dtype=torch.float64)
     axes[:, 0] = 1.0
@@ -68,18 +76,23 @@ def get_pc_inpainter(
     denoise: bool = True,
     eps: float = 1e-5,
 ) -> Callable[[Any, Tensor, Tensor], Tensor]:
-    """``inpainter(model, data, mask)`` -> images ``(B, *)``: fills in where ``mask`` is 0 and keeps ``data`` where it is 1.
+    """``inpainter(model, data, mask)`` -> images ``(B, *)``: fills in where ``mask`` is 0 and keeps ``data`` where it
+    is 1.
 
-    Arguments as in :func:`scoresde_ext.sampling.get_pc_sampler`; ``mask`` has the shape of ``data`` or broadcasts to it.
+    Arguments as in :func:`scoresde_ext.sampling.get_pc_sampler`; ``mask`` has the shape of ``data`` or broadcasts to
+    it.
     """
-    run = _get_pc_filler(sde, predictor, corrector, inverse_scaler, snr, n_steps, probability_flow, continuous, denoise, eps)
+    run = _get_pc_filler(
+        sde, predictor, corrector, inverse_scaler, snr, n_steps, probability_flow, continuous, denoise, eps
+    )
 
     def pc_inpainter(model: Any, data: Tensor, mask: Tensor) -> Tensor:
         integrate.check_state("data", data)
         integrate.check_state("mask", mask)
         if not _broadcasts(mask, data) or mask.device != data.device:
             raise ValueError(
-                f"mask: expected the shape and device of data, {tuple(data.shape)} on {data.device}, got {tuple(mask.shape)} on {mask.device}."
+                f"mask: expected the shape and device of data, {tuple(data.shape)} on {data.device}, "
+                f"got {tuple(mask.shape)} on {mask.device}."
             )
         return run(model, _Known(sde, data, mask, _identity, _identity))
 
@@ -102,7 +115,9 @@ def get_pc_colorizer(
 
     Arguments as in :func:`scoresde_ext.sampling.get_pc_sampler`.
     """
-    run = _get_pc_filler(sde, predictor, corrector, inverse_scaler, snr, n_steps, probability_flow, continuous, denoise, eps)
+    run = _get_pc_filler(
+        sde, predictor, corrector, inverse_scaler, snr, n_steps, probability_flow, continuous, denoise, eps
+    )
 
     def pc_colorizer(model: Any, gray: Tensor) -> Tensor:
         integrate.check_state("gray", gray)

@@ -1,7 +1,8 @@
 """Runge-Kutta integration of batches, with the state on its device and in its dtype.
 
-A method is data: a :class:`Tableau`. :func:`solve` runs it in fixed steps or with scipy's step control, whose decisions it reproduces. One kernel
-an evaluation forms the next stage, and, where the right-hand side is a :class:`Drift`, folds ``f x + q out`` into the same pass.
+A method is data: a :class:`Tableau`. :func:`solve` runs it in fixed steps or with scipy's step control, whose decisions
+it reproduces. One kernel an evaluation forms the next stage, and, where the right-hand side is a :class:`Drift`, folds
+``f x + q out`` into the same pass.
 """
 
 from __future__ import annotations
@@ -17,18 +18,20 @@ from tqdm import tqdm
 
 from . import ops
 
-__all__ = ["Drift", "METHODS", "Solution", "SolverError", "Tableau", "solve"]
+__all__ = ["METHODS", "Drift", "Solution", "SolverError", "Tableau", "solve"]
 
 
-# ---- methods -----------------------------------------------------------------------------------------------------------------------------
+# ---- methods ----
 
 
 @dataclass(frozen=True)
 class Tableau:
-    """An explicit Runge-Kutta method: stage i is ``y + h sum_j a[i][j] k_j`` at ``t + c[i] h``; the step is ``y + h sum_j b[j] k_j``.
+    """An explicit Runge-Kutta method: stage i is ``y + h sum_j a[i][j] k_j`` at ``t + c[i] h``; the step is ``y + h
+    sum_j b[j] k_j``.
 
-    Adaptive methods evaluate once more at the new point, which is the first slope of the next step; ``errors`` are coefficients of the error
-    estimates over all slopes, that one included, and ``error_order`` is the order of the estimate.
+    Adaptive methods evaluate once more at the new point, which is the first slope of the next step; ``errors`` are
+    coefficients of the error estimates over all slopes, that one included, and ``error_order`` is the order of the
+    estimate.
     """
 
     a: tuple[tuple[float, ...], ...]
@@ -98,11 +101,12 @@ METHODS: dict[str, Tableau | Callable[[], Tableau]] = {
 ADAPTIVE = ("RK23", "RK45", "DOP853")
 
 
-# ---- right-hand sides ------------------------------------------------------------------------------------------------------------------------
+# ---- right-hand sides ----
 
 
 class Terms(NamedTuple):
-    """A derivative ``f y + q out``; ``f`` and ``q`` are numbers or ``(B,)``. ``f = 0, q = 1``: ``out`` is the derivative itself."""
+    """A derivative ``f y + q out``; ``f`` and ``q`` are numbers or ``(B,)``. ``f = 0, q = 1``: ``out`` is the
+    derivative itself."""
 
     out: Tensor
     f: Tensor | float = 0.0
@@ -114,7 +118,8 @@ class Terms(NamedTuple):
 
 
 class Drift(Protocol):
-    """A right-hand side that leaves its products to the kernels: for the state's parts ``ys`` at time ``t`` the terms of each part's derivative."""
+    """A right-hand side that leaves its products to the kernels: for the state's parts ``ys`` at time ``t`` the terms
+    of each part's derivative."""
 
     def terms(self, t: float, ys: tuple[Tensor, ...]) -> tuple[Terms, ...]: ...
 
@@ -129,11 +134,24 @@ class _Function:
         times = time_vector(t, ys[0])
         slopes = self.f(times, ys) if self.packed else (self.f(times, ys[0]),)
         if not isinstance(slopes, (tuple, list)) or len(slopes) != len(ys):
-            raise ValueError(f"f: expected {len(ys)} derivatives, one for each part of y0, got {type(slopes).__name__}.")
+            raise ValueError(
+                f"f: expected {len(ys)} derivatives, one for each part of y0, got {type(slopes).__name__}."
+            )
         for slope, y in zip(slopes, ys, strict=True):
-            if not isinstance(slope, Tensor) or slope.shape != y.shape or slope.dtype != y.dtype or slope.device != y.device:
-                got = f"{slope.dtype} {tuple(slope.shape)} on {slope.device}" if isinstance(slope, Tensor) else type(slope).__name__
-                raise ValueError(f"f: expected a derivative like y, {y.dtype} {tuple(y.shape)} on {y.device}, got {got}.")
+            if (
+                not isinstance(slope, Tensor)
+                or slope.shape != y.shape
+                or slope.dtype != y.dtype
+                or slope.device != y.device
+            ):
+                got = (
+                    f"{slope.dtype} {tuple(slope.shape)} on {slope.device}"
+                    if isinstance(slope, Tensor)
+                    else type(slope).__name__
+                )
+                raise ValueError(
+                    f"f: expected a derivative like y, {y.dtype} {tuple(y.shape)} on {y.device}, got {got}."
+                )
         return tuple(Terms(slope) for slope in slopes)
 
 
@@ -143,7 +161,7 @@ def time_vector(t: float, like: Tensor) -> Tensor:
     return torch.full((len(like),), t, dtype=dtype, device=like.device)
 
 
-# ---- results -------------------------------------------------------------------------------------------------------------------------------
+# ---- results ----
 
 
 @dataclass(frozen=True)
@@ -190,13 +208,13 @@ def bad_rows(*ys: Tensor) -> list[int]:
 
 
 def name_rows(rows: Sequence[int]) -> str:
-    """"sample 3", "samples 0, 2, 5", "samples 0, 1, 2, 3, 4, ... (12 in all)"."""
+    """ "sample 3", "samples 0, 2, 5", "samples 0, 1, 2, 3, 4, ... (12 in all)"."""
     shown = ", ".join(str(r) for r in rows[:5])
     more = f", ... ({len(rows)} in all)" if len(rows) > 5 else ""
     return f"sample{'s' if len(rows) > 1 else ''} {shown}{more}"
 
 
-# ---- the solver ------------------------------------------------------------------------------------------------------------------------------
+# ---- the solver ----
 
 
 def solve(
@@ -212,19 +230,22 @@ def solve(
     max_steps: int = 10_000,
     progress: bool = False,
 ) -> Solution:
-    """Integrates ``dy/dt = f(t, y)`` from ``t_span[0]`` to ``t_span[1]``, in either direction, to exactly the end point.
+    """Integrates ``dy/dt = f(t, y)`` from ``t_span[0]`` to ``t_span[1]``, in either direction, to exactly the end
+    point.
 
-    Adaptive methods take one step size for the whole batch and make scipy's ``solve_ivp`` decisions: RMS norm over all elements, its initial
-    step, safety 0.9, factors 0.2 to 10, no growth after a rejection. No evaluation lies outside ``t_span``.
+    Adaptive methods take one step size for the whole batch and make scipy's ``solve_ivp`` decisions: RMS norm over all
+    elements, its initial step, safety 0.9, factors 0.2 to 10, no growth after a rejection. No evaluation lies outside
+    ``t_span``.
 
     Args:
-        f: ``f(t, y)`` with ``t`` of shape ``(B,)`` (float32, or float64 for a float64 state) returning the derivative, shape and dtype of ``y``;
-            or a :class:`Drift`.
+        f: ``f(t, y)`` with ``t`` of shape ``(B,)`` (float32, or float64 for a float64 state) returning the derivative,
+            shape and dtype of ``y``; or a :class:`Drift`.
         t_span: start and end.
-        y0: ``(B, *)``, or a tuple of such arrays with one B that form the state together (``f`` then takes and returns tuples). float32 or
-            float64 is kept; no gradient is recorded.
+        y0: ``(B, *)``, or a tuple of such arrays with one B that form the state together (``f`` then takes and returns
+            tuples). float32 or float64 is kept; no gradient is recorded.
         method: ``RK23 RK45 DOP853`` (adaptive), ``euler midpoint heun rk4`` (fixed steps), or a :class:`Tableau`.
-        rtol, atol: tolerances of the adaptive methods: an error of ``atol + rtol max(|y|, |y_new|)`` an element is allowed.
+        rtol, atol: tolerances of the adaptive methods: an error of ``atol + rtol max(|y|, |y_new|)`` an element is
+            allowed.
         steps: number of equal steps of a fixed-step method, required there.
         first_step: first step size of an adaptive method; chosen by scipy's rule if None.
         max_steps: attempted steps of an adaptive method after which it gives up.
@@ -232,14 +253,15 @@ def solve(
 
     Raises:
         ValueError, TypeError: an argument is wrong; before any evaluation.
-        SolverError: a value is not finite (the samples are named), the step size underflows, or ``max_steps`` is reached.
+        SolverError: a value is not finite (the samples are named), the step size underflows, or ``max_steps`` is
+            reached.
     """
     packed = isinstance(y0, tuple)
     ys = y0 if isinstance(y0, tuple) else (y0,)
     tableau = _tableau(method)
     adaptive = bool(tableau.errors) and steps is None
     _check(t_span, ys, rtol, atol, steps, first_step, max_steps, adaptive, method)
-    drift: Drift = f if hasattr(f, "terms") else _Function(f, packed)  # type: ignore[assignment]
+    drift: Drift = f if hasattr(f, "terms") else _Function(f, packed)
     start, end = float(t_span[0]), float(t_span[1])
     solver = _Solver(drift, tableau, start, end, tuple(y.detach().contiguous() for y in ys), packed, progress)
     with torch.no_grad(), solver.bar:
@@ -296,7 +318,9 @@ def _check(
         if len(y) != len(ys[0]) or y.device != ys[0].device or y.dtype != ys[0].dtype:
             raise ValueError("y0: expected parts of one batch size, dtype and device.")
     if not adaptive and (not isinstance(steps, int) or steps < 1):
-        raise ValueError(f"steps: expected a positive number of steps for the fixed-step method {method!r}, got {steps!r}.")
+        raise ValueError(
+            f"steps: expected a positive number of steps for the fixed-step method {method!r}, got {steps!r}."
+        )
     if adaptive:
         check_tolerances(rtol, atol)
         if first_step is not None and not 0 < first_step <= abs(t_span[1] - t_span[0]):
@@ -309,7 +333,14 @@ class _Solver:
     """The state of one call of :func:`solve`."""
 
     def __init__(
-        self, drift: Drift, tableau: Tableau, start: float, end: float, ys: tuple[Tensor, ...], packed: bool, progress: bool
+        self,
+        drift: Drift,
+        tableau: Tableau,
+        start: float,
+        end: float,
+        ys: tuple[Tensor, ...],
+        packed: bool,
+        progress: bool,
     ) -> None:
         self.drift, self.tableau, self.packed = drift, tableau, packed
         self.start, self.end, self.direction = start, end, math.copysign(1.0, end - start)
@@ -321,7 +352,9 @@ class _Solver:
         self.first_step = 0.0
         self.size = sum(y.numel() for y in ys)
         # disable=None: only on a terminal
-        self.bar = tqdm(total=1.0, disable=None if progress else True, bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}")
+        self.bar = tqdm(
+            total=1.0, disable=None if progress else True, bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
+        )
 
     # -- evaluations
 
@@ -330,9 +363,9 @@ class _Solver:
         return self.drift.terms(t, ys)
 
     def slopes(self, t: float, ys: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The derivative itself."""
+        """The derivative itself, in memory of our own: ``f`` may return the same buffer every time."""
         return tuple(
-            term.out if term.plain else ops.affine(y, term.out, term.f, term.q)
+            term.out.clone() if term.plain else ops.affine(y, term.out, term.f, term.q)
             for y, term in zip(ys, self.evaluate(t, ys), strict=True)
         )
 
@@ -348,7 +381,7 @@ class _Solver:
             following = []
             for y, k, x, term in zip(ys, ks, points, terms, strict=True):
                 if term.plain:
-                    k.append(term.out)
+                    k.append(term.out.clone())
                     following.append(ops.rk_stage(y, k, a, h))
                 else:
                     slope, y_next = ops.rk_drift_stage(y, k, a, h, x, term.out, term.f, term.q)
@@ -359,10 +392,13 @@ class _Solver:
 
     # -- norms
 
-    def norm(self, ys: tuple[Tensor, ...], new: tuple[Tensor, ...], ks: list[list[Tensor]], e: Sequence[float], h: float) -> float:
+    def norm(
+        self, ys: tuple[Tensor, ...], new: tuple[Tensor, ...], ks: list[list[Tensor]], e: Sequence[float], h: float
+    ) -> float:
         """Sum over all elements of ``(h sum_j e_j k_j / (atol + rtol max(|y|, |y_new|)))^2``."""
         return sum(
-            float(ops.rk_error(y, y1, k, e, h, self.rtol, self.atol).sum()) for y, y1, k in zip(ys, new, ks, strict=True)
+            float(ops.rk_error(y, y1, k, e, h, self.rtol, self.atol).sum())
+            for y, y1, k in zip(ys, new, ks, strict=True)
         )
 
     def rms(self, ks: list[list[Tensor]], e: Sequence[float]) -> float:
@@ -382,14 +418,14 @@ class _Solver:
         interval = abs(self.end - self.start)
         d0 = self.rms([[y] for y in self.ys], (1.0,))
         d1 = self.rms([[k] for k in slopes], (1.0,))
+        if not math.isfinite(d0 + d1):
+            self.fail_not_finite(self.t, [*self.ys, *slopes])
         h0 = min(1e-6 if d0 < 1e-5 or d1 < 1e-5 else 0.01 * d0 / d1, interval)
-        ahead = tuple(
-            ops.rk_stage(y, [k], (1.0,), h0 * self.direction) for y, k in zip(self.ys, slopes, strict=True)
-        )
+        ahead = tuple(ops.rk_stage(y, [k], (1.0,), h0 * self.direction) for y, k in zip(self.ys, slopes, strict=True))
         other = self.slopes(self.t + h0 * self.direction, ahead)
         d2 = self.rms([[k, k1] for k, k1 in zip(slopes, other, strict=True)], (-1.0, 1.0)) / h0
-        if not math.isfinite(d0 + d1 + d2):
-            self.fail_not_finite(self.t, [*slopes, *other])
+        if not math.isfinite(d2):
+            self.fail_not_finite(self.t + h0 * self.direction, [*slopes, *other])
         order = self.tableau.error_order
         h1 = max(1e-6, h0 * 1e-3) if d1 <= 1e-15 and d2 <= 1e-15 else (0.01 / max(d1, d2)) ** (1 / (order + 1))
         return min(100 * h0, h1, interval)
@@ -407,7 +443,9 @@ class _Solver:
             h, rejected = max(h, smallest), False
             while True:
                 if h < smallest:
-                    self.fail(f"the step size fell below {smallest:.1e}, the spacing of the numbers, at t = {self.t:.6g}")
+                    self.fail(
+                        f"the step size fell below {smallest:.1e}, the spacing of the numbers, at t = {self.t:.6g}"
+                    )
                 if len(self.step_sizes) >= max_steps:
                     self.fail(f"max_steps = {max_steps} attempted steps did not reach the end; at t = {self.t:.6g}")
                 t_new = self.t + h * self.direction
@@ -469,13 +507,18 @@ class _Solver:
         )
 
     def fail(self, why: str) -> NoReturn:
-        message = f"The integration from t = {self.start:g} to {self.end:g} stopped: {why} after {self.nfe} evaluations."
+        message = (
+            f"The integration from t = {self.start:g} to {self.end:g} stopped: {why} after {self.nfe} evaluations."
+        )
         raise SolverError(message, self.solution(False, message))
 
     def fail_not_finite(self, t: float, arrays: list[Tensor]) -> NoReturn:
         rows = bad_rows(*arrays)
         where = f"NaN or Inf in {name_rows(rows)}" if rows else "the error estimate overflowed"
-        self.fail(f"{where} between t = {self.t:.6g} and {t:.6g}; the network or the data are at fault, or the state is too large")
+        self.fail(
+            f"{where} between t = {self.t:.6g} and {t:.6g}; "
+            "the network or the data are at fault, or the state is too large"
+        )
 
 
 def _control(norm: float, h: float, rejected: bool, exponent: float) -> tuple[bool, float]:

@@ -1,7 +1,8 @@
 """Exact likelihoods through the probability-flow ODE (Song et al. 2021, appendix D.2).
 
-``log p_0(x) = log p_T(x(T)) + integral of div(drift) dt``; the divergence is estimated by ``eps^T (d drift / dx) eps`` with one random ``eps``
-a solve (Skilling 1989; Hutchinson 1990). Drift and divergence of an evaluation share one forward pass of the network.
+``log p_0(x) = log p_T(x(T)) + integral of div(drift) dt``; the divergence is estimated by ``eps^T (d drift / dx) eps``
+with one random ``eps`` a solve (Skilling 1989; Hutchinson 1990). Drift and divergence of an evaluation share one
+forward pass of the network.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ HUTCHINSON = ("Gaussian", "Rademacher")
 
 
 def get_div_fn(fn: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """``div(x, t, eps)`` -> ``(B,)``: the estimate ``eps^T (d fn / dx) eps`` of the divergence of ``fn(x, t)`` at ``x`` ``(B, *)``."""
+    """``div(x, t, eps)`` -> ``(B,)``: the estimate ``eps^T (d fn / dx) eps`` of the divergence of ``fn(x, t)`` at ``x``
+    ``(B, *)``."""
 
     def div_fn(x: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         with torch.enable_grad():
@@ -70,13 +72,16 @@ def get_likelihood_fn(
     method: Any = "RK45",
     eps: float = 1e-5,
 ) -> Callable[[Any, Tensor], tuple[Tensor, Tensor, int]]:
-    """``likelihood_fn(model, data)`` -> ``(bpd (B,), z (B, *), nfe)``: bits a dimension of 8-bit data, and the latent codes at T.
+    """``likelihood_fn(model, data)`` -> ``(bpd (B,), z (B, *), nfe)``: bits a dimension of 8-bit data, and the latent
+    codes at T.
 
     Args:
         sde: the forward SDE.
-        inverse_scaler: the scaler of the samples; it gives the offset 7 - inverse_scaler(-1) of data scaled to [-1, 1] or [0, 1].
+        inverse_scaler: the scaler of the samples; it gives the offset 7 - inverse_scaler(-1) of data scaled to [-1, 1]
+            or [0, 1].
         hutchinson_type: law of the divergence estimator's noise, 'Rademacher' or 'Gaussian'.
-        rtol, atol, method: as in :func:`scoresde_ext.sampling.get_ode_sampler`. The log densities count in the error norm.
+        rtol, atol, method: as in :func:`scoresde_ext.sampling.get_ode_sampler`. The log densities count in the error
+            norm.
         eps: first time.
 
     ``data`` is ``(B, *)``, float32 or float64 and kept so.

@@ -1,7 +1,7 @@
 """Training objectives and steps.
 
-The denoising score-matching loss (Song et al. 2021, eq. 7) is two kernels: one perturbs the data, one computes the loss and its gradient with
-respect to the network's output from one pass over that output. The noise is never stored.
+The denoising score-matching loss (Song et al. 2021, eq. 7) is two kernels: one perturbs the data, one computes the loss
+and its gradient with respect to the network's output from one pass over that output. The noise is never stored.
 """
 
 from __future__ import annotations
@@ -23,15 +23,19 @@ LossFn = Callable[[Any, Tensor], Tensor]
 
 
 def get_optimizer(config: Any, params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """Adam with ``config.optim.{lr, beta1, eps, weight_decay}``; NotImplementedError for another ``config.optim.optimizer``."""
+    """Adam with ``config.optim.{lr, beta1, eps, weight_decay}``; NotImplementedError for another
+    ``config.optim.optimizer``."""
     optim = config.optim
     if optim.optimizer != "Adam":
         raise NotImplementedError(f"config.optim.optimizer: expected 'Adam', got {optim.optimizer!r}.")
-    return torch.optim.Adam(params, lr=optim.lr, betas=(optim.beta1, 0.999), eps=optim.eps, weight_decay=optim.weight_decay)
+    return torch.optim.Adam(
+        params, lr=optim.lr, betas=(optim.beta1, 0.999), eps=optim.eps, weight_decay=optim.weight_decay
+    )
 
 
 def optimization_manager(config: Any) -> Callable[..., None]:
-    """``optimize_fn(optimizer, params, step, lr=..., warmup=..., grad_clip=...)``: linear warm-up, clipping of the gradient's norm, one step.
+    """``optimize_fn(optimizer, params, step, lr=..., warmup=..., grad_clip=...)``: linear warm-up, clipping of the
+    gradient's norm, one step.
 
     The defaults are those of ``config.optim``. No warm-up where ``warmup <= 0``, no clipping where ``grad_clip < 0``.
     """
@@ -57,8 +61,12 @@ def optimization_manager(config: Any) -> Callable[..., None]:
 def _check_batch(batch: Tensor) -> None:
     if not isinstance(batch, Tensor) or not batch.is_floating_point() or batch.dim() < 1:
         got = f"{batch.dtype} of shape {tuple(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
-        raise ValueError(f"batch: expected a floating-point tensor of shape (B, ...), got {got}. Convert the data, for example with .float().")
-    # A sum is not finite where an element is not; it costs one cached read. Elsewhere than on the CPU it would wait for the device.
+        raise ValueError(
+            f"batch: expected a floating-point tensor of shape (B, ...), got {got}. "
+            "Convert the data, for example with .float()."
+        )
+    # A sum is not finite where an element is not; it costs one cached read. Elsewhere than on the CPU it would wait for
+    # the device.
     if batch.is_cpu and not torch.compiler.is_compiling() and not bool(batch.sum(dtype=_time_dtype(batch)).isfinite()):
         check_state("batch", batch)
 
@@ -69,7 +77,8 @@ def _time_dtype(x: Tensor) -> torch.dtype:
 
 
 def _reduction(x: Tensor, reduce_mean: bool) -> float:
-    """Weight of a squared residual in the loss: the mean over elements or half their sum, then the mean over the batch."""
+    """Weight of a squared residual in the loss: the mean over elements or half their sum, then the mean over the
+    batch."""
     elements = math.prod(x.shape[1:])
     return (1.0 / max(elements, 1) if reduce_mean else 0.5) / max(len(x), 1)
 
@@ -88,7 +97,8 @@ def get_sde_loss_fn(
         sde: the forward SDE.
         train: mode of the network.
         reduce_mean: average over the elements of a sample; else half the sum.
-        continuous: whether the network is trained on continuous times, see :func:`scoresde_ext.models.utils.get_score_fn`.
+        continuous: whether the network is trained on continuous times, see
+            :func:`scoresde_ext.models.utils.get_score_fn`.
         likelihood_weighting: weight g(t)^2 (Song et al. 2021, "Maximum likelihood training") instead of std(t)^2.
         eps: smallest time.
 
@@ -98,7 +108,6 @@ def get_sde_loss_fn(
         ValueError: eps outside (0, T); a batch that is not floating point; a network output of another shape.
     """
     _check_eps(eps, sde)
-    fused = is_affine(sde)
 
     def loss_fn(model: Any, batch: Tensor) -> Tensor:
         _check_batch(batch)
@@ -108,7 +117,7 @@ def get_sde_loss_fn(
         t = u * (sde.T - eps) + eps
         draw = noise.normal(batch)
         weight = _reduction(batch, reduce_mean)
-        if not fused:
+        if not is_affine(sde):
             return _plain_loss(sde, score_fn, batch, t, ops.materialize(draw, batch), likelihood_weighting, weight)
         m, std = sde.marginal_coefficients(t)
         out, k = score_fn.terms(ops.perturb(batch, m, std, draw), t)
@@ -121,7 +130,13 @@ def get_sde_loss_fn(
 
 
 def _plain_loss(
-    sde: SDE, score_fn: mutils.ScoreFunction, x0: Tensor, t: Tensor, z: Tensor, likelihood_weighting: bool, weight: float
+    sde: SDE,
+    score_fn: mutils.ScoreFunction,
+    x0: Tensor,
+    t: Tensor,
+    z: Tensor,
+    likelihood_weighting: bool,
+    weight: float,
 ) -> Tensor:
     """The same loss for an SDE that is known by its methods alone."""
     mean, std = sde.marginal_prob(x0, t)
@@ -157,7 +172,8 @@ def get_smld_loss_fn(vesde: VESDE, train: bool, reduce_mean: bool = False) -> Lo
 
 
 def get_ddpm_loss_fn(vpsde: VPSDE, train: bool, reduce_mean: bool = True) -> LossFn:
-    """``loss_fn(model, batch)``: the loss of DDPM on the discrete steps; the network predicts the noise (Ho et al. 2020)."""
+    """``loss_fn(model, batch)``: the loss of DDPM on the discrete steps; the network predicts the noise (Ho et al.
+    2020)."""
     if not isinstance(vpsde, VPSDE):
         raise AssertionError(f"vpsde: DDPM training works for VPSDE alone, got {type(vpsde).__name__}.")
 
@@ -193,16 +209,22 @@ def get_step_fn(
         AssertionError: discrete training with likelihood weighting.
     """
     if continuous:
-        loss_fn = get_sde_loss_fn(sde, train, reduce_mean=reduce_mean, continuous=True, likelihood_weighting=likelihood_weighting)
+        loss_fn = get_sde_loss_fn(
+            sde, train, reduce_mean=reduce_mean, continuous=True, likelihood_weighting=likelihood_weighting
+        )
     else:
         if likelihood_weighting:
-            raise AssertionError("likelihood_weighting: the original SMLD and DDPM losses have none; use continuous=True.")
+            raise AssertionError(
+                "likelihood_weighting: the original SMLD and DDPM losses have none; use continuous=True."
+            )
         if isinstance(sde, VESDE):
             loss_fn = get_smld_loss_fn(sde, train, reduce_mean=reduce_mean)
         elif isinstance(sde, VPSDE):
             loss_fn = get_ddpm_loss_fn(sde, train, reduce_mean=reduce_mean)
         else:
-            raise ValueError(f"sde: discrete training is known for VPSDE and VESDE, got {type(sde).__name__}. Use continuous=True.")
+            raise ValueError(
+                f"sde: discrete training is known for VPSDE and VESDE, got {type(sde).__name__}. Use continuous=True."
+            )
     if train and optimize_fn is None:
         raise ValueError("optimize_fn: expected the function of optimization_manager(config) for training, got None.")
 

@@ -1,21 +1,23 @@
 """Where every random number comes from.
 
-One source is in force at a time. By default it is torch's generator: a key is drawn from it (so ``torch.manual_seed`` rules) and the kernels
-expand the key into noise. Two context managers put another in its place:
+One source is in force at a time. By default it is torch's generator: a key is drawn from it (so ``torch.manual_seed``
+rules) and the kernels expand the key into noise. Two context managers put another in its place:
 
-* ``with replay(tensors):`` each draw takes the next tensor, as what ``torch.rand``, ``torch.randn`` or ``torch.randint`` would have returned;
-* ``with seeds(seed, ids):`` sample b of each draw is stream ``ids[b]`` of the seed, whatever the batch it is computed in.
+* ``with replay(tensors):`` each draw takes the next tensor, as what ``torch.rand``, ``torch.randn`` or
+  ``torch.randint`` would have returned;
+* ``with seeds(seed, ids):`` sample b of each draw is stream ``ids[b]`` of the seed, whatever the batch it is computed
+  in.
 
-Code that needs noise asks :func:`normal`, :func:`uniform` or :func:`integers`. A sampler wraps its loop in :func:`run`, which draws one key for
-all of it.
+Code that needs noise asks :func:`normal`, :func:`uniform` or :func:`integers`. A sampler wraps its loop in :func:`run`,
+which draws one key for all of it.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from typing import Any, ContextManager, Protocol
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -38,7 +40,8 @@ class Source(Protocol):
 
 
 def _new_key(device: torch.device) -> Tensor:
-    # On the device and from its generator: no copy, no synchronisation, and a captured graph refreshes it at each replay.
+    # On the device and from its generator: no copy, no synchronisation, and a captured graph refreshes it at each
+    # replay.
     return torch.randint(2**62, (2,), device=device)
 
 
@@ -74,12 +77,12 @@ class _Streams:
         return self._next(like)
 
     def uniform(self, like: Tensor) -> Tensor:
-        _, key, ids, draw = self._next(like)
-        return ops.noise_uniform(key, ids, draw, like.shape).to(like.dtype)
+        draw = self._next(like).draw
+        return ops.noise_uniform(self.key, self.ids, draw, like.shape).to(like.dtype)
 
     def integers(self, high: int, like: Tensor) -> Tensor:
-        _, key, ids, draw = self._next(like)
-        return ops.noise_integers(key, ids, draw, like.shape, high)
+        draw = self._next(like).draw
+        return ops.noise_integers(self.key, self.ids, draw, like.shape, high)
 
 
 class _Replay:
@@ -90,11 +93,15 @@ class _Replay:
 
     def _next(self, like: Tensor, what: str) -> Tensor:
         if self.taken == len(self.tensors):
-            raise RuntimeError(f"noise.replay: expected one more draw ({what} of shape {tuple(like.shape)}), but all {self.taken} are used.")
+            raise RuntimeError(
+                f"noise.replay: expected one more draw ({what} of shape {tuple(like.shape)}), "
+                f"but all {self.taken} are used."
+            )
         drawn = torch.as_tensor(self.tensors[self.taken])
         if drawn.shape != like.shape:
             raise ValueError(
-                f"noise.replay: draw {self.taken} is {what} and has to have shape {tuple(like.shape)}, got {tuple(drawn.shape)}."
+                f"noise.replay: draw {self.taken} is {what} and has to have shape {tuple(like.shape)}, "
+                f"got {tuple(drawn.shape)}."
             )
         self.taken += 1
         return drawn.to(like.device)
@@ -109,7 +116,10 @@ class _Replay:
         drawn = self._next(like, f"integers below {high}")
         integers = drawn.to(torch.int64)
         if not torch.equal(integers.to(drawn.dtype), drawn) or bool(((integers < 0) | (integers >= high)).any()):
-            raise ValueError(f"noise.replay: draw {self.taken - 1} has to hold integers from 0 to {high - 1}, got {drawn.dtype} with other values.")
+            raise ValueError(
+                f"noise.replay: draw {self.taken - 1} has to hold integers from 0 to {high - 1}, "
+                f"got {drawn.dtype} with other values."
+            )
         return integers
 
 
@@ -145,12 +155,15 @@ def replay(tensors: Sequence[Tensor]) -> Iterator[None]:
         yield
     left = len(source.tensors) - source.taken
     if left:
-        raise RuntimeError(f"noise.replay: expected all {len(source.tensors)} tensors to be drawn, but {left} are left over.")
+        raise RuntimeError(
+            f"noise.replay: expected all {len(source.tensors)} tensors to be drawn, but {left} are left over."
+        )
 
 
 @contextmanager
 def seeds(seed: int, ids: Tensor | Sequence[int]) -> Iterator[None]:
-    """Sample b of each draw is stream ``ids[b]`` of ``seed``: the same numbers at any batch size, in any order, on any device.
+    """Sample b of each draw is stream ``ids[b]`` of ``seed``: the same numbers at any batch size, in any order, on any
+    device.
 
     Draws are counted from the start of the context.
 
@@ -168,15 +181,17 @@ def seeds(seed: int, ids: Tensor | Sequence[int]) -> Iterator[None]:
         yield
 
 
-def run(device: torch.device | str) -> ContextManager[None]:
-    """For the length of a loop: one key from torch's generator instead of one a draw. Other sources stay as they are."""
+def run(device: torch.device | str) -> AbstractContextManager[None]:
+    """For the length of a loop: one key from torch's generator instead of one a draw. Other sources stay as they
+    are."""
     if isinstance(_in_force.source, _Generator):
         return _as_source(_Streams(_new_key(torch.device(device)), None))
     return nullcontext()
 
 
 def normal(like: Tensor) -> Draw:
-    """The next draw of standard normal noise for an array like ``like``, to be handed to the functions of ``scoresde_ext.ops``."""
+    """The next draw of standard normal noise for an array like ``like``, to be handed to the functions of
+    ``scoresde_ext.ops``."""
     return _in_force.source.normal(like)
 
 
@@ -210,9 +225,9 @@ class _TorchDraws(TorchFunctionMode):
             return func(*args, **kwargs)
 
 
-def torch_draws() -> ContextManager[Any]:
-    """For code of the user's own that calls torch.randn, torch.rand or their ``_like`` forms: under ``replay`` and ``seeds`` they are answered
-    from the source in force. Without these contexts nothing changes."""
+def torch_draws() -> AbstractContextManager[Any]:
+    """For code of the user's own that calls torch.randn, torch.rand or their ``_like`` forms: under ``replay`` and
+    ``seeds`` they are answered from the source in force. Without these contexts nothing changes."""
     return nullcontext() if isinstance(_in_force.source, _Generator) else _TorchDraws()
 
 

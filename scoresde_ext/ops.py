@@ -1,20 +1,22 @@
 """One Python function a kernel.
 
-Everything the package does to a batch is a per-sample affine combination of state ``x``, network output ``out`` and Gaussian noise ``z``, with
-one coefficient a sample. Conventions for all functions here:
+Everything the package does to a batch is a per-sample affine combination of state ``x``, network output ``out`` and
+Gaussian noise ``z``, with one coefficient a sample. Conventions for all functions here:
 
-* arrays have shape ``(B, *)`` with any number of further dimensions, also none; float32, float64, bfloat16 or float16; any strides. They are
-  computed and accumulated in float32 (float64 for float64 arrays). Results have the dtype of the first array and its memory format;
+* arrays have shape ``(B, *)`` with any number of further dimensions, also none; float32, float64, bfloat16 or float16;
+  any strides. They are computed and accumulated in float32 (float64 for float64 arrays). Results have the dtype of the
+  first array and its memory format;
 * coefficients are numbers or tensors of shape ``(B,)`` or with one element;
 * noise is a :class:`Draw`: an array, or a stream from which the kernel generates it;
 * a wrong argument raises ``ValueError`` or ``TypeError`` before any work, naming the argument.
 
-``scoresde_ext.reference`` has the same functions in plain torch and is what the kernels are tested against. Calls with coefficients or noise
-arrays that require gradients are answered by it.
+``scoresde_ext.reference`` has the same functions in plain torch and is what the kernels are tested against. Calls with
+coefficients or noise arrays that require gradients are answered by it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,93 +29,150 @@ from .reference import Draw
 _ops = torch.ops.scoresde_ext
 
 
-def _number(v: Tensor | float, x: Tensor) -> Tensor:
-    return v if isinstance(v, Tensor) else torch.full((1,), v, dtype=_compute_dtype(x), device=x.device)
+# ---- arguments ----
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _needs_reference(*numbers: Tensor | float | None) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in numbers)
+def _state(name: str, x: Any) -> None:
+    """The first array of a call: all others are measured by it. (Its dtype and dimensions are checked by the op.)"""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}.")
 
 
-def _like(t: Tensor, x: Tensor) -> Tensor:
+def _array(name: str, t: Any, x: Tensor) -> Tensor:
+    """An array that goes with ``x``, in the dtype of ``x``: a network under autocast may answer in another."""
+    if not isinstance(t, Tensor) or not t.is_floating_point():
+        got = t.dtype if isinstance(t, Tensor) else type(t).__name__
+        raise TypeError(f"{name}: expected a floating-point tensor of shape {tuple(x.shape)}, got {got}.")
+    if t.shape != x.shape or t.device != x.device:
+        raise ValueError(
+            f"{name}: expected the shape and device of the first array, {tuple(x.shape)} on {x.device}, "
+            f"got {tuple(t.shape)} on {t.device}."
+        )
     return t if t.dtype == x.dtype else t.to(x.dtype)
 
 
-def _noise_arguments(draw: Draw, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, int]:
-    return (None if draw.z is None else _like(draw.z, x)), draw.key, draw.ids, draw.draw
+def _number(name: str, v: Any, x: Tensor) -> Tensor:
+    """A coefficient as a tensor of one element or ``(B,)``."""
+    if isinstance(v, (int, float)):
+        return torch.full((1,), v, dtype=_compute_dtype(x), device=x.device)
+    if not isinstance(v, Tensor) or not v.is_floating_point():
+        got = v.dtype if isinstance(v, Tensor) else type(v).__name__
+        raise TypeError(f"{name}: expected a number or a floating-point tensor of one element or (B,), got {got}.")
+    if v.device != x.device or v.dim() > 1 or v.numel() not in (1, *x.shape[:1]):
+        raise ValueError(
+            f"{name}: expected one number or one a sample, shape {tuple(x.shape[:1])} on {x.device}, "
+            f"got shape {tuple(v.shape)} on {v.device}."
+        )
+    return v
 
 
-def _on_device(name: str, x: Tensor) -> Callable[..., Any]:
+def _noise(draw: Any, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, int]:
+    if not isinstance(draw, Draw) or (draw.z is None) == (draw.key is None):
+        raise ValueError(f"draw: expected a Draw with either an array z or a key, got {draw!r:.100}.")
+    if draw.z is not None:
+        return _array("z", draw.z, x), None, None, 0
+    return None, *_streams(draw.key, draw.ids, x.device), draw.draw
+
+
+def _streams(key: Any, ids: Any, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    for name, t in (("key", key), ("ids", ids)):
+        if t is None and name == "ids":
+            continue
+        if not isinstance(t, Tensor) or t.device != device or t.dtype != torch.int64:
+            got = f"{t.dtype} on {t.device}" if isinstance(t, Tensor) else type(t).__name__
+            raise ValueError(f"{name}: expected an int64 tensor on {device}, got {got}.")
+    return key, ids
+
+
+def _needs_reference(*numbers: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in numbers)
+
+
+def _op(name: str, x: Tensor) -> Callable[..., Any]:
     """The op, or a readable error where this build has no kernel for the device of ``x``."""
     if not x.is_cpu:
         key = "CUDA" if x.is_cuda else x.device.type.upper()
         if key != "META" and not torch._C._dispatch_has_kernel_for_dispatch_key(f"scoresde_ext::{name}", key):
             raise NotImplementedError(
-                f"scoresde_ext.ops.{name} has no kernel for {x.device} in this build. Move the tensors to the CPU, or, for CUDA, rebuild "
-                "where nvcc is found (`python -m scoresde_ext info` shows what was built)."
+                f"scoresde_ext.ops.{name} has no kernel for {x.device} in this build. Move the tensors to the CPU, "
+                "or, for CUDA, rebuild where nvcc is found (`python -m scoresde_ext info` shows what was built)."
             )
     return getattr(_ops, name)
 
 
-# ---- affine ------------------------------------------------------------------------------------------------------------------------------
+# ---- affine ----
 
 
 def affine(x: Tensor, out: Tensor | None, p: Tensor | float, q: Tensor | float | None = None) -> Tensor:
     """``p x + q out``: drifts and noise-free updates. Differentiable in ``x`` and ``out``, twice and more."""
-    if _needs_reference(p, q):
-        return reference.affine(x, out, p, q)
-    op = _on_device("affine", x)
-    return op(x, None if out is None else _like(out, x), _number(p, x), None if q is None else _number(q, x))
+    _state("x", x)
+    outs = None if out is None else _array("out", out, x)
+    ps, qs = _number("p", p, x), None if out is None else _number("q", q, x)
+    if _needs_reference(ps, qs):
+        return reference.affine(x, outs, ps, qs).to(x.dtype)
+    return _op("affine", x)(x, outs, ps, qs)
 
 
 def affine_noise(
     x: Tensor, out: Tensor | None, p: Tensor | float, q: Tensor | float | None, n: Tensor | float, draw: Draw
 ) -> tuple[Tensor, Tensor]:
-    """``mean = p x + q out`` and ``next = mean + n z``: every predictor and corrector update. Returns ``(mean, next)``."""
-    if _needs_reference(p, q, n):
-        return reference.affine_noise(x, out, p, q, n, draw)
-    op = _on_device("affine_noise", x)
-    outs = None if out is None else _like(out, x)
-    return op(x, outs, _number(p, x), None if q is None else _number(q, x), _number(n, x), *_noise_arguments(draw, x))
+    """``mean = p x + q out`` and ``next = mean + n z``: every predictor and corrector update. Returns both."""
+    _state("x", x)
+    outs = None if out is None else _array("out", out, x)
+    ps, qs, ns = _number("p", p, x), None if out is None else _number("q", q, x), _number("n", n, x)
+    noise = _noise(draw, x)
+    if _needs_reference(ps, qs, ns):
+        mean, after = reference.affine_noise(x, outs, ps, qs, ns, Draw(*noise))
+        return mean.to(x.dtype), after.to(x.dtype)
+    return _op("affine_noise", x)(x, outs, ps, qs, ns, *noise)
 
 
 def perturb(x0: Tensor, m: Tensor | float, s: Tensor | float, draw: Draw) -> Tensor:
-    """``m x0 + s z``, a sample of the transition kernel p(x_t | x_0) = N(m x_0, s^2) (Song et al. 2021, section 3.3)."""
-    if _needs_reference(m, s):
-        return reference.perturb(x0, m, s, draw)
-    return _on_device("perturb", x0)(x0, _number(m, x0), _number(s, x0), *_noise_arguments(draw, x0))
+    """``m x0 + s z``, a sample of the transition kernel N(m x_0, s^2) (Song et al. 2021, section 3.3)."""
+    _state("x0", x0)
+    ms, ss, noise = _number("m", m, x0), _number("s", s, x0), _noise(draw, x0)
+    if _needs_reference(ms, ss):
+        return reference.perturb(x0, ms, ss, Draw(*noise)).to(x0.dtype)
+    return _op("perturb", x0)(x0, ms, ss, *noise)
 
 
-# ---- loss ----------------------------------------------------------------------------------------------------------------------------------
+# ---- loss ----
 
 
 def score_loss(
     out: Tensor, c: Tensor | float | None, d: Tensor | float | None, w: Tensor | float, draw: Draw | None = None
 ) -> Tensor:
-    """``w sum r^2`` over each sample with ``r = c out + d z``, shape ``(B,)``: the denoising score-matching loss (Song et al. 2021, eq. 7).
+    """``w sum r^2`` over each sample with ``r = c out + d z``, shape ``(B,)``: the denoising score-matching loss (Song
+    et al. 2021, eq. 7).
 
-    Where ``out`` requires a gradient, ``2 w c r`` is computed in the same pass and kept. With ``c=None`` the array ``out`` gives only the
-    shape; with ``d=None`` there is no noise: sums of squares of either part, which Langevin steps need. The result is float32 (float64 for
-    float64 arrays). First and second derivatives with respect to ``out``.
+    Where ``out`` requires a gradient, ``2 w c r`` is computed in the same pass and kept (``2 c r`` in half precision,
+    where the weight would underflow before a loss scale could save it). With ``c=None`` the array
+    ``out`` gives only the shape; with ``d=None`` there is no noise: sums of squares of either part, which Langevin
+    steps need. The result is float32 (float64 for float64 arrays). First and second derivatives with respect to
+    ``out``.
     """
-    if _needs_reference(c, d, w, None if draw is None else draw.z):
-        return reference.score_loss(out, c, d, w, draw)[0]
+    _state("out", out)
+    if c is None and d is None:
+        raise ValueError("c, d: expected at least one coefficient, got None for both.")
+    cs, ds = (None if v is None else _number(name, v, out) for name, v in (("c", c), ("d", d)))
+    ws, noise = _number("w", w, out), (None, None, None, 0) if d is None else _noise(draw, out)
+    if _needs_reference(cs, ds, ws, noise[0]):
+        return reference.score_loss(out, cs, ds, ws, Draw(*noise))[0].to(_compute_dtype(out))
     with_grad = c is not None and out.requires_grad and torch.is_grad_enabled()
-    numbers = [None if v is None else _number(v, out) for v in (c, d)]
-    noise = (None, None, None, 0) if draw is None else _noise_arguments(draw, out)
-    return _on_device("score_loss", out)(out, *numbers, _number(w, out), *noise, with_grad)[0]
+    return _op("score_loss", out)(out, cs, ds, ws, *noise, with_grad)[0]
 
 
-# ---- Runge-Kutta -----------------------------------------------------------------------------------------------------------------------------
+# ---- Runge-Kutta ----
 
 
 def rk_stage(y: Tensor, ks: Sequence[Tensor], a: Sequence[float], h: Tensor | float) -> Tensor:
     """``y + h sum_j a_j k_j``. Zero coefficients are skipped."""
-    return _on_device("rk_stage", y)(y, ks, a, _number(h, y))
+    _state("y", y)
+    return _op("rk_stage", y)(y, [_array("ks", k, y) for k in ks], a, _number("h", h, y))
 
 
 def rk_drift_stage(
@@ -126,23 +185,30 @@ def rk_drift_stage(
     f: Tensor | float,
     q: Tensor | float,
 ) -> tuple[Tensor, Tensor]:
-    """The slope ``k = f x + q out`` of an evaluation at ``x`` and, in the same pass, the next stage ``y + h (sum_j a_j k_j + a_last k)``.
+    """The slope ``k = f x + q out`` of an evaluation at ``x`` and, in the same pass, the next stage ``y + h (sum_j a_j
+    k_j + a_last k)``.
 
     Returns ``(k, next stage)``; ``a`` has one entry more than ``ks``, for k.
     """
-    op = _on_device("rk_drift_stage", y)
-    return op(y, ks, a, _number(h, y), x, _like(out, y), _number(f, y), _number(q, y))
+    _state("y", y)
+    slopes, xs, outs = [_array("ks", k, y) for k in ks], _array("x", x, y), _array("out", out, y)
+    op = _op("rk_drift_stage", y)
+    return op(y, slopes, a, _number("h", h, y), xs, outs, _number("f", f, y), _number("q", q, y))
 
 
 def rk_error(
     y0: Tensor, y1: Tensor, ks: Sequence[Tensor], e: Sequence[float], h: Tensor | float, rtol: float, atol: float
 ) -> Tensor:
-    """Each sample's sum over elements of ``(h sum_j e_j k_j / (atol + rtol max(|y0|, |y1|)))^2``: float64, shape ``(B,)``."""
-    return _on_device("rk_error", y0)(y0, y1, ks, e, _number(h, y0), rtol, atol)
+    """Each sample's sum over elements of ``(h sum_j e_j k_j / (atol + rtol max(|y0|, |y1|)))^2``: float64, shape
+    ``(B,)``."""
+    _state("y0", y0)
+    slopes = [_array("ks", k, y0) for k in ks]
+    return _op("rk_error", y0)(y0, _array("y1", y1, y0), slopes, e, _number("h", h, y0), rtol, atol)
 
 
 def rk_control(norm: Tensor, h: Tensor, after_rejection: Tensor, exponent: float) -> Tensor:
-    """The step-size controller, one decision a row: float64 ``(2, R)``, whether the step is accepted (1 or 0) and the next ``|h|``.
+    """The step-size controller, one decision a row: float64 ``(2, R)``, whether the step is accepted (1 or 0) and the
+    next ``|h|``.
 
     Args:
         norm: float64 ``(R,)``, error over tolerance; accepted iff below 1.
@@ -150,36 +216,53 @@ def rk_control(norm: Tensor, h: Tensor, after_rejection: Tensor, exponent: float
         after_rejection: bool ``(R,)``, whether this step was rejected before with a larger h.
         exponent: -1 / (order of the error estimate + 1).
     """
-    return _on_device("rk_control", norm)(norm, h, after_rejection, exponent)
+    _state("norm", norm)
+    for name, t in (("h", h), ("after_rejection", after_rejection)):
+        if not isinstance(t, Tensor) or t.shape != norm.shape or t.device != norm.device:
+            raise ValueError(
+                f"{name}: expected a tensor like norm, {tuple(norm.shape)} on {norm.device}, got {t!r:.80}."
+            )
+    return _op("rk_control", norm)(norm, h, after_rejection, exponent)
 
 
-# ---- noise -----------------------------------------------------------------------------------------------------------------------------------
+# ---- noise ----
+
+
+def _generated(key: Any, ids: Any, size: Sequence[int]) -> None:
+    if not isinstance(key, Tensor):
+        raise ValueError(f"key: expected an int64 tensor (seed, first draw), got {type(key).__name__}.")
+    _streams(key, ids, key.device)
+    if len(size) < 1 or any(n < 0 for n in size) or math.prod(size[1:]) > 2**34:
+        raise ValueError(f"size: expected a shape (B, ...) with at most 2^34 elements a sample, got {tuple(size)}.")
 
 
 def noise_normal(key: Tensor, ids: Tensor | None, draw: int, size: Sequence[int]) -> Tensor:
     """Standard normals of shape ``size = (B, *)``, float32. See :class:`Draw` for the arguments."""
-    return _on_device("noise_normal", key)(key, ids, draw, size)
+    _generated(key, ids, size)
+    return _op("noise_normal", key)(key, ids, draw, size)
 
 
 def noise_uniform(key: Tensor, ids: Tensor | None, draw: int, size: Sequence[int]) -> Tensor:
     """Uniform on [0, 1) with 24 bits, float32."""
-    return _on_device("noise_uniform", key)(key, ids, draw, size)
+    _generated(key, ids, size)
+    return _op("noise_uniform", key)(key, ids, draw, size)
 
 
 def noise_integers(key: Tensor, ids: Tensor | None, draw: int, size: Sequence[int], high: int) -> Tensor:
     """Uniform on {0, ..., high - 1}, int64; 1 <= high <= 2^32."""
-    return _on_device("noise_integers", key)(key, ids, draw, size, high)
+    _generated(key, ids, size)
+    return _op("noise_integers", key)(key, ids, draw, size, high)
 
 
 def materialize(draw: Draw, like: Tensor) -> Tensor:
     """The noise of a draw as an array of the shape, dtype and device of ``like``."""
     if draw.z is not None:
-        return _like(draw.z, like)
+        return _array("z", draw.z, like)
     assert draw.key is not None
     return noise_normal(draw.key, draw.ids, draw.draw, like.shape).to(like.dtype)
 
 
-# ---- registration: shapes for tracing, derivatives -------------------------------------------------------------------------------------------
+# ---- registration: shapes for tracing, derivatives ----
 
 
 def _register_fakes() -> None:
@@ -228,7 +311,17 @@ def _register_derivatives() -> None:
         parts = [g for g in (g_mean, g_next) if g is not None]
         g = sum(parts[1:], parts[0]) if parts else None
         wants = ctx.needs_input_grad
-        return scaled(g, p, wants[0]), scaled(g, q, wants[1]), None, None, None, scaled(g_next, n, wants[5]), None, None, None
+        return (
+            scaled(g, p, wants[0]),
+            scaled(g, q, wants[1]),
+            None,
+            None,
+            None,
+            scaled(g_next, n, wants[5]),
+            None,
+            None,
+            None,
+        )
 
     def perturb_setup(ctx, inputs, output):
         x, m, s, z, key, ids, draw = inputs
@@ -236,25 +329,42 @@ def _register_derivatives() -> None:
 
     def perturb_backward(ctx, g):
         m, s = ctx.saved_tensors
-        return scaled(g, m, ctx.needs_input_grad[0]), None, None, scaled(g, s, ctx.needs_input_grad[3]), None, None, None
+        return (
+            scaled(g, m, ctx.needs_input_grad[0]),
+            None,
+            None,
+            scaled(g, s, ctx.needs_input_grad[3]),
+            None,
+            None,
+            None,
+        )
 
     def loss_setup(ctx, inputs, output):
         out, c, d, w, z, key, ids, draw, with_grad = inputs
         ctx.save_for_backward(output[1], c, w)
-        ctx.with_grad = with_grad
+        ctx.with_grad, ctx.leaf = with_grad, out.is_leaf
         ctx.set_materialize_grads(False)
 
-    def loss_backward(ctx, g_loss, g_grad):
+    def loss_backward(ctx, g_loss, g_kept):
         if not ctx.with_grad:
-            raise RuntimeError("score_loss: no gradient was kept. Call it with with_grad=True where out requires a gradient.")
-        grad, c, w = ctx.saved_tensors
+            raise RuntimeError(
+                "score_loss: no gradient was kept. Call it with with_grad=True where out requires a gradient."
+            )
+        kept, c, w = ctx.saved_tensors
+        weighted = kept.dtype in (torch.float32, torch.float64)
         total = None
         if g_loss is not None:
-            # The usual case, all ones, needs no pass over memory. (Not while the backward itself is traced or differentiated.)
-            plain = type(g_loss) is Tensor and g_loss.is_cpu and not torch.is_grad_enabled()
-            total = grad if plain and bool((g_loss == 1).all()) else affine(grad, None, g_loss)
-        if g_grad is not None:  # the gradient is itself an output, with derivative 2 w c^2
-            curvature = affine(g_grad, None, 2 * w * c * c)
+            # The usual case, all ones, needs no pass over memory: the kept gradient itself is handed on. Not to a leaf,
+            # which would make it its .grad and add to it, nor while the backward is traced or differentiated.
+            shortcut = (
+                weighted and type(g_loss) is Tensor and g_loss.is_cpu and not (ctx.leaf or torch.is_grad_enabled())
+            )
+            if shortcut and bool((g_loss == 1).all()):
+                total = kept
+            else:
+                total = affine(kept, None, g_loss if weighted else g_loss * w)
+        if g_kept is not None:  # what is kept is itself an output, with derivative 2 c^2 w (or 2 c^2)
+            curvature = affine(g_kept, None, 2 * c * c * w if weighted else 2 * c * c)
             total = curvature if total is None else total + curvature
         return total, None, None, None, None, None, None, None, None
 

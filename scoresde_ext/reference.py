@@ -1,7 +1,7 @@
 """What every op means, in plain torch: specification, test oracle, and the path for what no kernel covers.
 
-The functions here have the names and arguments of those in :mod:`scoresde_ext.ops`. They compute in the dtype of their arguments, accept
-coefficients that require gradients, and make no attempt at speed.
+The functions here have the names and arguments of those in :mod:`scoresde_ext.ops`. They compute in the dtype of their
+arguments, accept coefficients that require gradients, and make no attempt at speed.
 """
 
 from __future__ import annotations
@@ -118,7 +118,8 @@ def rk_control(norm: Tensor, h: Tensor, after_rejection: Tensor, exponent: float
     return torch.stack([accepted.to(h.dtype), h * factor])
 
 
-# ---- counter-based noise -------------------------------------------------------------------------------------------------------------
+# ---- counter-based noise
+# -------------------------------------------------------------------------------------------------------------
 
 _LOW = 0xFFFFFFFF
 
@@ -158,8 +159,8 @@ def _elements(values: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def noise_normal(key: Tensor, ids: Tensor | None, draw: int, size: Sequence[int]) -> Tensor:
-    """Standard normals (Box and Muller 1958): words (a, b) give sqrt(-2 ln u) (cos, sin)(2 pi b / 2^32) with u = (a + 1/2) / 2^32, u and the
-    result rounded to float32."""
+    """Standard normals (Box and Muller 1958): words (a, b) give sqrt(-2 ln u) (cos, sin)(2 pi b / 2^32) with u = (a +
+    1/2) / 2^32, u and the result rounded to float32."""
     a, b = _words(key, ids, draw, size).double().unflatten(-1, (2, 2)).unbind(-1)
     radius = (-2 * ((a + 0.5) / 2**32).float().double().log()).sqrt()
     angle = 2 * math.pi * b / 2**32

@@ -1,7 +1,7 @@
 """Samplers: predictor-corrector (Song et al. 2021, appendix G) and probability-flow ODE (section 4.3).
 
-Every update is ``mean = p x + q out; x = mean + n z`` with one coefficient a sample, which is one kernel. Predictors and correctors written for
-upstream work too: they are made once a run, and whatever they return is taken.
+Every update is ``mean = p x + q out; x = mean + n z`` with one coefficient a sample, which is one kernel. Predictors
+and correctors written for upstream work too: they are made once a run, and whatever they return is taken.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def get_corrector(name: str) -> type:
     return _CORRECTORS[name]
 
 
-# ---- predictors ------------------------------------------------------------------------------------------------------------------------------
+# ---- predictors ----
 
 
 class Predictor(abc.ABC):
@@ -79,7 +79,8 @@ class Predictor(abc.ABC):
 
     @abc.abstractmethod
     def update_fn(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """``(x, x_mean)`` one step earlier: states ``(B, *)`` with and without the noise of this step; ``t`` is ``(B,)``."""
+        """``(x, x_mean)`` one step earlier: states ``(B, *)`` with and without the noise of this step; ``t`` is
+        ``(B,)``."""
 
 
 def _update(x: Tensor, out: Tensor | None, p: Any, q: Any, n: Any) -> tuple[Tensor, Tensor]:
@@ -95,9 +96,9 @@ class EulerMaruyamaPredictor(Predictor):
     def update_fn(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         check_inputs(x, t, self.sde.T)
         dt = -1.0 / self.rsde.N
-        if isinstance(self.rsde, ReverseSDE) and is_affine(self.sde):
+        if type(self.rsde) is ReverseSDE and is_affine(self.sde):
             f, out, q = self.rsde.sde_terms(x, t)
-            diffusion = 0.0 if self.rsde.probability_flow else self.sde.sde_coefficients(t)[1]  # type: ignore[attr-defined]
+            diffusion = 0.0 if self.rsde.probability_flow else self.sde.sde_coefficients(t)[1]
             return _update(x, out, 1.0 + f * dt, q * dt, diffusion * math.sqrt(-dt))
         drift, diffusion = self.rsde.sde(x, t)
         return _update(x, drift, 1.0, dt, diffusion * math.sqrt(-dt))
@@ -109,7 +110,7 @@ class ReverseDiffusionPredictor(Predictor):
 
     def update_fn(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         check_inputs(x, t, self.sde.T)
-        if isinstance(self.rsde, ReverseSDE) and is_affine(self.sde):
+        if type(self.rsde) is ReverseSDE and is_affine(self.sde):
             f, out, q, n = self.rsde.discrete_terms(x, t)
             return _update(x, out, 1.0 - f, -q, n)
         step, n = self.rsde.discretize(x, t)
@@ -123,7 +124,9 @@ class AncestralSamplingPredictor(Predictor):
     def __init__(self, sde: SDE, score_fn: ScoreFn, probability_flow: bool = False) -> None:
         super().__init__(sde, score_fn, probability_flow)
         if not isinstance(sde, (sde_lib.VPSDE, sde_lib.VESDE)):
-            raise NotImplementedError(f"sde: ancestral sampling is known for VPSDE and VESDE, got {type(sde).__name__}.")
+            raise NotImplementedError(
+                f"sde: ancestral sampling is known for VPSDE and VESDE, got {type(sde).__name__}."
+            )
         if probability_flow:
             raise AssertionError("probability_flow: ancestral sampling has no probability flow. Use reverse_diffusion.")
 
@@ -151,7 +154,7 @@ class NonePredictor(Predictor):
         return x, x
 
 
-# ---- correctors ------------------------------------------------------------------------------------------------------------------------------
+# ---- correctors ----
 
 
 class Corrector(abc.ABC):
@@ -178,8 +181,8 @@ class Corrector(abc.ABC):
 
 @register_corrector(name="langevin")
 class LangevinCorrector(Corrector):
-    """Langevin dynamics, ``x_mean = x + e score, x = x_mean + sqrt(2 e) z`` with ``e = 2 alpha (snr |z| / |score|)^2``, the norms averaged
-    over the batch (Song et al. 2021, algorithms 4 and 5)."""
+    """Langevin dynamics, ``x_mean = x + e score, x = x_mean + sqrt(2 e) z`` with ``e = 2 alpha (snr |z| / |score|)^2``,
+    the norms averaged over the batch (Song et al. 2021, algorithms 4 and 5)."""
 
     def update_fn(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         check_inputs(x, t, self.sde.T)
@@ -201,7 +204,7 @@ class AnnealedLangevinDynamics(Corrector):
     def update_fn(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         check_inputs(x, t, self.sde.T)
         x_mean = x
-        std = self.sde.marginal_coefficients(t)[1] if is_affine(self.sde) else self.sde.marginal_prob(x, t)[1]  # type: ignore[attr-defined]
+        std = self.sde.marginal_coefficients(t)[1] if is_affine(self.sde) else self.sde.marginal_prob(x, t)[1]
         step = 2.0 * self._alpha(t) * (self.snr * std) ** 2
         n = torch.sqrt(2.0 * step)
         for _ in range(self.n_steps):
@@ -221,7 +224,7 @@ class NoneCorrector(Corrector):
         return x, x
 
 
-# ---- one step as a function --------------------------------------------------------------------------------------------------------------------
+# ---- one step as a function ----
 
 
 def shared_predictor_update_fn(
@@ -240,7 +243,7 @@ def shared_corrector_update_fn(
     return (corrector or NoneCorrector)(sde, score_fn, snr, n_steps).update_fn(x, t)
 
 
-# ---- samplers --------------------------------------------------------------------------------------------------------------------------------
+# ---- samplers ----
 
 
 def check_shape(shape: Sequence[int]) -> tuple[int, ...]:
@@ -329,7 +332,8 @@ def get_pc_sampler(
     *,
     progress: bool = False,
 ) -> Callable[[Any], tuple[Tensor, int]]:
-    """``sampler(model)`` -> ``(samples, N (n_steps + 1))``: predictor-corrector sampling (Song et al. 2021, algorithm 1).
+    """``sampler(model)`` -> ``(samples, N (n_steps + 1))``: predictor-corrector sampling (Song et al. 2021, algorithm
+    1).
 
     Args:
         sde: the forward SDE; its N is the number of steps.
@@ -369,12 +373,14 @@ def get_pc_sampler(
 
 
 class ProbabilityFlow:
-    """The probability-flow ODE ``dx/dt = drift - g^2 score / 2`` (Song et al. 2021, eq. 13) as a right-hand side for the integrator."""
+    """The probability-flow ODE ``dx/dt = drift - g^2 score / 2`` (Song et al. 2021, eq. 13) as a right-hand side for
+    the integrator."""
 
     def __init__(self, sde: SDE, score_fn: mutils.ScoreFunction) -> None:
         self.sde, self.score_fn = sde, score_fn
         self.rsde = sde.reverse(score_fn, probability_flow=True)
-        self.fused = is_affine(sde)
+        # A user's SDE may have replaced reverse(): then only its own drift says what is meant.
+        self.fused = is_affine(sde) and type(self.rsde) is ReverseSDE and self.rsde.score_fn is score_fn
 
     def coefficients(self, t: Any) -> tuple[Any, Any]:
         """``f, q`` with the derivative f x + q out."""
@@ -405,7 +411,8 @@ def get_ode_sampler(
     *,
     progress: bool = False,
 ) -> Callable[..., tuple[Tensor, int]]:
-    """``sampler(model, z=None)`` -> ``(samples, nfe)``: the probability-flow ODE from T to eps (Song et al. 2021, section 4.3).
+    """``sampler(model, z=None)`` -> ``(samples, nfe)``: the probability-flow ODE from T to eps (Song et al. 2021,
+    section 4.3).
 
     Args:
         sde: the forward SDE.
@@ -413,7 +420,8 @@ def get_ode_sampler(
         inverse_scaler: maps the network's data range to the samples' range.
         denoise: end with one noise-free step of the reverse-diffusion predictor at eps (not counted).
         rtol, atol: tolerances, with scipy's meaning.
-        method: ``RK23 RK45 DOP853`` run on the device; another name or ``OdeSolver`` class of scipy's runs there, slowly.
+        method: ``RK23 RK45 DOP853`` run on the device; another name or ``OdeSolver`` class of scipy's runs there,
+            slowly.
         eps: last time.
         device: where to sample.
         progress: a progress bar on a terminal.
@@ -455,7 +463,13 @@ def check_latent(z: Any, shape: tuple[int, ...], device: torch.device | str) -> 
 
 
 def solve_ode(
-    drift: Any, t_span: tuple[float, float], ys: tuple[Tensor, ...], method: Any, rtol: float, atol: float, progress: bool
+    drift: Any,
+    t_span: tuple[float, float],
+    ys: tuple[Tensor, ...],
+    method: Any,
+    rtol: float,
+    atol: float,
+    progress: bool,
 ) -> tuple[tuple[Tensor, ...], int]:
     """Our integrator for the adaptive methods it has, scipy for the others: ``(final parts, nfe)``."""
     if method in integrate.ADAPTIVE:
@@ -467,7 +481,8 @@ def solve_ode(
 @functools.cache
 def _warn_slow(method: str) -> None:
     warnings.warn(
-        f"method {method} is scipy's alone: every evaluation copies the state to numpy and back. RK23, RK45 and DOP853 stay on the device.",
+        f"method {method} is scipy's alone: every evaluation copies the state to numpy and back. "
+        "RK23, RK45 and DOP853 stay on the device.",
         stacklevel=5,
     )
 
@@ -478,7 +493,9 @@ def _solve_with_scipy(
     from scipy import integrate as scipy_integrate
 
     if not isinstance(method, type) and method not in ("Radau", "BDF", "LSODA"):
-        raise ValueError(f"method: expected RK23, RK45, DOP853, Radau, BDF, LSODA or an OdeSolver class, got {method!r}.")
+        raise ValueError(
+            f"method: expected RK23, RK45, DOP853, Radau, BDF, LSODA or an OdeSolver class, got {method!r}."
+        )
     _warn_slow(str(method))
     sizes = [y.numel() for y in ys]
 
@@ -500,16 +517,23 @@ def _solve_with_scipy(
 
     solution = scipy_integrate.solve_ivp(derivative, t_span, pack(ys), method=method, rtol=rtol, atol=atol)
     if not solution.success:
-        raise SolverError(f"The integration by scipy's {method} stopped at t = {solution.t[-1]:.6g}: {solution.message}")
+        raise SolverError(
+            f"The integration by scipy's {method} stopped at t = {solution.t[-1]:.6g}: {solution.message}"
+        )
     return unpack(solution.y[:, -1].copy()), solution.nfev
 
 
-def get_sampling_fn(config: Any, sde: SDE, shape: Sequence[int], inverse_scaler: InverseScaler, eps: float) -> Callable[..., tuple[Tensor, int]]:
-    """The sampler that ``config.sampling`` asks for (``method`` 'pc' or 'ode', in any case); ValueError for another method."""
+def get_sampling_fn(
+    config: Any, sde: SDE, shape: Sequence[int], inverse_scaler: InverseScaler, eps: float
+) -> Callable[..., tuple[Tensor, int]]:
+    """The sampler that ``config.sampling`` asks for (``method`` 'pc' or 'ode', in any case); ValueError for another
+    method."""
     sampling = config.sampling
     method = sampling.method.lower()
     if method == "ode":
-        return get_ode_sampler(sde, shape, inverse_scaler, denoise=sampling.noise_removal, eps=eps, device=config.device)
+        return get_ode_sampler(
+            sde, shape, inverse_scaler, denoise=sampling.noise_removal, eps=eps, device=config.device
+        )
     if method == "pc":
         return get_pc_sampler(
             sde=sde,

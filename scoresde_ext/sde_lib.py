@@ -1,14 +1,16 @@
-"""Stochastic differential equations of score-based generative models (Song et al. 2021, "Score-Based Generative Modeling through SDEs").
+"""Stochastic differential equations of score-based generative models (Song et al. 2021, "Score-Based Generative
+Modeling through SDEs").
 
-``SDE`` is upstream's abstract class. ``AffineSDE`` is an SDE ``dx = f(t) x dt + g(t) dw``: p(x_t | x_0) is then Gaussian with mean ``m(t) x_0``
-and standard deviation ``s(t)``, and everything that is done with it runs in the fused kernels. A subclass gives these numbers::
+``SDE`` is upstream's abstract class. ``AffineSDE`` is an SDE ``dx = f(t) x dt + g(t) dw``: p(x_t | x_0) is then
+Gaussian with mean ``m(t) x_0`` and standard deviation ``s(t)``, and everything that is done with it runs in the fused
+kernels. A subclass gives these numbers::
 
     class Mine(AffineSDE):
         def marginal_coefficients(self, t):  # m, s
         def sde_coefficients(self, t):       # f, g
 
-``t`` is a tensor of shape ``(B,)``, and so are the coefficients. (The classes of this module take Python floats as well.) Data have shape
-``(B, *)``.
+``t`` is a tensor of shape ``(B,)``, and so are the coefficients. (The classes of this module take Python floats as
+well.) Data have shape ``(B, *)``.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import abc
 import math
 import numbers
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
@@ -41,7 +43,8 @@ def sqrt(v: Time) -> Time:
 
 
 def check_inputs(x: Tensor, t: Tensor, T: float) -> None:
-    """States are floating point ``(B, *)``; times are one a sample, in [0, T]. The times' values are looked at on the CPU alone: elsewhere that would wait for the device.
+    """States are floating point ``(B, *)``; times are one a sample, in [0, T]. The times' values are looked at on the
+    CPU alone: elsewhere that would wait for the device.
 
     Raises:
         ValueError: another shape, dtype or device, a value outside [0, T], or NaN.
@@ -52,11 +55,14 @@ def check_inputs(x: Tensor, t: Tensor, T: float) -> None:
     if not isinstance(t, Tensor) or not t.is_floating_point() or t.shape != x.shape[:1] or t.device != x.device:
         got = f"{t.dtype} {tuple(t.shape)} on {t.device}" if isinstance(t, Tensor) else repr(t)
         raise ValueError(
-            f"t: expected one time a sample, a floating-point tensor of shape {tuple(x.shape[:1])} on {x.device}, got {got}. "
+            f"t: expected one time a sample, a floating-point tensor of shape {tuple(x.shape[:1])} on {x.device}, "
+            f"got {got}. "
             "For one time for all, use torch.full((B,), t)."
         )
     if t.is_cpu and not torch.compiler.is_compiling() and not bool(((t >= 0) & (t <= T * (1 + 1e-6))).all()):
-        raise ValueError(f"t: expected times in [0, T = {T}], got values from {t.min().item():g} to {t.max().item():g}.")
+        raise ValueError(
+            f"t: expected times in [0, T = {T}], got values from {t.min().item():g} to {t.max().item():g}."
+        )
 
 
 class SDE(abc.ABC):
@@ -65,7 +71,7 @@ class SDE(abc.ABC):
     def __init__(self, N: int) -> None:
         if not isinstance(N, numbers.Integral) or N < 1:
             raise ValueError(f"N: expected a positive whole number of steps, got {N!r}.")
-        self.N = N
+        self.N: int = N
 
     @property
     @abc.abstractmethod
@@ -100,9 +106,12 @@ class SDE(abc.ABC):
 
 
 class ReverseSDE(SDE):
-    """``dx = (drift - g^2 score) dt + g dw`` backwards in time; with ``probability_flow`` the score counts half and there is no noise."""
+    """``dx = (drift - g^2 score) dt + g dw`` backwards in time; with ``probability_flow`` the score counts half and
+    there is no noise."""
 
-    def __init__(self, forward: SDE, score_fn: Callable[[Tensor, Tensor], Tensor], probability_flow: bool = False) -> None:
+    def __init__(
+        self, forward: SDE, score_fn: Callable[[Tensor, Tensor], Tensor], probability_flow: bool = False
+    ) -> None:
         super().__init__(forward.N)
         self.forward, self.score_fn, self.probability_flow = forward, score_fn, probability_flow
         self._score_weight = 0.5 if probability_flow else 1.0
@@ -112,7 +121,8 @@ class ReverseSDE(SDE):
         return self.forward.T
 
     def sde_terms(self, x: Tensor, t: Any) -> tuple[Any, Tensor, Any]:
-        """``(f, out, q)`` with drift = f x + q out, where the forward SDE is affine; ``out`` is the raw network output where it can be."""
+        """``(f, out, q)`` with drift = f x + q out, where the forward SDE is affine; ``out`` is the raw network output
+        where it can be."""
         f, g = self.forward.sde_coefficients(t)  # type: ignore[attr-defined]
         out, k = score_terms(self.score_fn, x, t)
         return f, out, -self._score_weight * g * g * k
@@ -128,7 +138,7 @@ class ReverseSDE(SDE):
         if is_affine(self.forward):
             f, out, q = self.sde_terms(x, t)
             drift = ops.affine(x, out, f, q)
-            diffusion = self.forward.sde_coefficients(t)[1]  # type: ignore[attr-defined]
+            diffusion = self.forward.sde_coefficients(t)[1]
         else:
             drift, diffusion = self.forward.sde(x, t)
             drift = drift - rows(self._score_weight * diffusion * diffusion, x) * self.score_fn(x, t)
@@ -139,7 +149,7 @@ class ReverseSDE(SDE):
         if is_affine(self.forward):
             f, out, q, _ = self.discrete_terms(x, t)
             step = ops.affine(x, out, f, q)
-            noise = self.forward.discrete_coefficients(t)[1]  # type: ignore[attr-defined]
+            noise = self.forward.discrete_coefficients(t)[1]
         else:
             step, noise = self.forward.discretize(x, t)
             step = step - rows(self._score_weight * noise * noise, x) * self.score_fn(x, t)
@@ -212,8 +222,9 @@ class AffineSDE(SDE):
 
 
 def at_time(coefficients: Callable[[Any], tuple[Any, ...]], sde: AffineSDE, t: float) -> tuple[float, ...]:
-    """``coefficients(t)`` of one time for all samples, in double precision. The SDEs of this module compute with floats, which is an order of
-    magnitude faster than with tensors of one element; a user's own class is handed a tensor."""
+    """``coefficients(t)`` of one time for all samples, in double precision. The SDEs of this module compute with
+    floats, which is an order of magnitude faster than with tensors of one element; a user's own class is handed a
+    tensor."""
     if type(sde).__module__ == __name__:
         return coefficients(t)
     return tuple(float(c) for c in coefficients(torch.tensor([t], dtype=torch.float64)))
@@ -222,7 +233,7 @@ def at_time(coefficients: Callable[[Any], tuple[Any, ...]], sde: AffineSDE, t: f
 _AFFINE_METHODS = ("sde", "marginal_prob", "discretize")
 
 
-def is_affine(sde: Any) -> bool:
+def is_affine(sde: Any) -> TypeGuard[AffineSDE]:
     """Whether the coefficients of ``sde`` say everything: an AffineSDE none of whose derived methods was replaced."""
     return isinstance(sde, AffineSDE) and all(
         getattr(type(sde), name) is getattr(AffineSDE, name) and name not in vars(sde) for name in _AFFINE_METHODS
@@ -240,7 +251,9 @@ class _DiscreteVP(AffineSDE):
     def __init__(self, beta_min: float = 0.1, beta_max: float = 20, N: int = 1000) -> None:
         super().__init__(N)
         if not 0 < beta_min <= beta_max < math.inf:
-            raise ValueError(f"beta_min, beta_max: expected 0 < beta_min <= beta_max < inf, got {beta_min} and {beta_max}.")
+            raise ValueError(
+                f"beta_min, beta_max: expected 0 < beta_min <= beta_max < inf, got {beta_min} and {beta_max}."
+            )
         self.beta_0, self.beta_1 = beta_min, beta_max
         self.discrete_betas = torch.linspace(beta_min / N, beta_max / N, N)
         self.alphas = 1.0 - self.discrete_betas
@@ -286,7 +299,8 @@ class VPSDE(_DiscreteVP):
 
 
 class subVPSDE(_DiscreteVP):
-    """Sub-variance preserving: VP's drift, g^2 = beta(t) (1 - exp(-2 integral of beta)) (Song et al. 2021, eq. 12, 29)."""
+    """Sub-variance preserving: VP's drift, g^2 = beta(t) (1 - exp(-2 integral of beta)) (Song et al. 2021, eq. 12,
+    29)."""
 
     def marginal_coefficients(self, t: Any) -> tuple[Any, Any]:
         log_mean = self.log_mean(t)
@@ -298,7 +312,8 @@ class subVPSDE(_DiscreteVP):
 
 
 class VESDE(AffineSDE):
-    """Variance exploding: dx = sigma(t) sqrt(2 log(sigma_max / sigma_min)) dw, sigma(t) geometric (Song et al. 2021, eq. 9, 30).
+    """Variance exploding: dx = sigma(t) sqrt(2 log(sigma_max / sigma_min)) dw, sigma(t) geometric (Song et al. 2021,
+    eq. 9, 30).
 
     Args:
         sigma_min, sigma_max: sigma(0) and sigma(1).
@@ -308,7 +323,9 @@ class VESDE(AffineSDE):
     def __init__(self, sigma_min: float = 0.01, sigma_max: float = 50, N: int = 1000) -> None:
         super().__init__(N)
         if not 0 < sigma_min <= sigma_max < math.inf:
-            raise ValueError(f"sigma_min, sigma_max: expected 0 < sigma_min <= sigma_max < inf, got {sigma_min} and {sigma_max}.")
+            raise ValueError(
+                f"sigma_min, sigma_max: expected 0 < sigma_min <= sigma_max < inf, got {sigma_min} and {sigma_max}."
+            )
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
         self.discrete_sigmas = torch.exp(torch.linspace(math.log(sigma_min), math.log(sigma_max), N))
 

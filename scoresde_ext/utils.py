@@ -11,7 +11,8 @@ import torch
 
 
 def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
-    """Writes ``{'optimizer', 'model', 'ema', 'step'}``, first to a temporary name beside ``path``: no half-written checkpoint is ever left."""
+    """Writes ``{'optimizer', 'model', 'ema', 'step'}``, first to a temporary name beside ``path``: no half-written
+    checkpoint is ever left."""
     saved = {
         "optimizer": state["optimizer"].state_dict(),
         "model": state["model"].state_dict(),
@@ -30,11 +31,13 @@ def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None
         partial.unlink(missing_ok=True)
 
 
-def restore_checkpoint(path: str | os.PathLike[str], state: dict[str, Any], device: torch.device | str) -> dict[str, Any]:
+def restore_checkpoint(
+    path: str | os.PathLike[str], state: dict[str, Any], device: torch.device | str
+) -> dict[str, Any]:
     """Loads a checkpoint of ours or of upstream's into ``state`` and returns it.
 
-    The ``module.`` prefix that DataParallel leaves is added or dropped as the model asks. Loading is always ``weights_only``; upstream's files hold
-    a numpy number (its learning rate), and exactly that type is allowed.
+    The ``module.`` prefix that DataParallel leaves is added or dropped as the model asks. Loading is always
+    ``weights_only``; upstream's files hold a numpy number (its learning rate), and exactly that type is allowed.
 
     Raises:
         FileNotFoundError: there is no such file. (Upstream creates a folder and goes on with random weights.)
@@ -47,7 +50,10 @@ def restore_checkpoint(path: str | os.PathLike[str], state: dict[str, Any], devi
         loaded = torch.load(path, map_location=device, weights_only=True)
     missing = [key for key in ("optimizer", "model", "ema", "step") if key not in loaded]
     if missing:
-        raise ValueError(f"path: expected a checkpoint with the keys optimizer, model, ema, step; {os.fspath(path)!r} lacks {', '.join(missing)}.")
+        raise ValueError(
+            f"path: expected a checkpoint with the keys optimizer, model, ema, step; "
+            f"{os.fspath(path)!r} lacks {', '.join(missing)}."
+        )
     optimizer = loaded["optimizer"]
     for group in optimizer["param_groups"]:
         group.update({key: value.item() for key, value in group.items() if isinstance(value, np.generic)})
@@ -58,7 +64,14 @@ def restore_checkpoint(path: str | os.PathLike[str], state: dict[str, Any], devi
     return state
 
 
-_NUMPY_NUMBER: list[Any] = [np._core.multiarray.scalar, (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"), np.dtype, np.dtypes.Float64DType]
+# The function that rebuilds a pickled numpy number; numpy < 2 wrote it under its old name.
+_NUMPY_SCALAR = np.float64(0.0).__reduce__()[0]
+_NUMPY_NUMBER: list[Any] = [
+    _NUMPY_SCALAR,
+    (_NUMPY_SCALAR, "numpy.core.multiarray.scalar"),
+    np.dtype,
+    np.dtypes.Float64DType,
+]
 
 
 def _with_prefix_of(model: torch.nn.Module, weights: dict[str, Any]) -> dict[str, Any]:

@@ -217,12 +217,12 @@ def test_create_model() -> None:
 
 def test_tables_from_config() -> None:
     config = SimpleNamespace(
-        model=SimpleNamespace(sigma_min=0.01, sigma_max=50.0, num_scales=10, beta_min=0.1, beta_max=20.0)
+        model=SimpleNamespace(sigma_min=0.01, sigma_max=50.0, num_scales=50, beta_min=0.1, beta_max=20.0)
     )
     sigmas = mutils.get_sigmas(config)
-    np.testing.assert_allclose(sigmas, np.geomspace(50.0, 0.01, 10))
+    np.testing.assert_allclose(sigmas, np.geomspace(50.0, 0.01, 50))
     params = mutils.get_ddpm_params(config)
-    betas = np.linspace(0.01, 2.0, 1000)  # upstream takes 1000 of them whatever num_scales says
+    betas = np.linspace(0.002, 0.4, 1000)  # upstream takes 1000 of them whatever num_scales says
     np.testing.assert_allclose(params["betas"], betas)
     np.testing.assert_allclose(params["alphas_cumprod"], np.cumprod(1 - betas), rtol=1e-12)
     assert params["num_diffusion_timesteps"] == 1000
@@ -425,6 +425,30 @@ def test_user_sde_reversed(probability_flow: bool) -> None:
         assert_same(torch.as_tensor(user_g), torch.as_tensor(g))
 
 
+class Tempered(sde_lib.VPSDE):
+    """A user's own reverse process: half the score."""
+
+    def reverse(self, score_fn: Callable[[Tensor, Tensor], Tensor], probability_flow: bool = False) -> sde_lib.SDE:
+        return super().reverse(lambda x, t: 0.5 * score_fn(x, t), probability_flow)
+
+
+def test_replaced_reverse_is_followed() -> None:
+    (vp, network), data = pair("vp")[0], 0.5 * draws(1)[0]
+    tempered = Tempered(N=20)
+    results = []
+    for sde, model in ((vp, lambda x, labels: 0.5 * network(x, labels)), (tempered, network)):
+        sampler = sampling.get_pc_sampler(
+            sde, SHAPE, sampling.EulerMaruyamaPredictor, None, lambda x: x, 0.16, continuous=True, device="cpu"
+        )
+        flow = sampling.get_ode_sampler(sde, SHAPE, lambda x: x, device="cpu")(model, draws(1)[0])[0]
+        likelihood_fn = likelihood.get_likelihood_fn(sde, lambda x: x)
+        signs = torch.ones(SHAPE, dtype=torch.int64)
+        bpd = call_with([signs], likelihood_fn, model, data)[0]
+        results.append((call_with(draws(21), sampler, model)[0], flow, bpd))
+    for half_network, half_score in zip(*results, strict=True):
+        torch.testing.assert_close(half_score, half_network, rtol=1e-4, atol=1e-4)
+
+
 def test_user_sde_without_ancestral_sampling() -> None:
     for sde in (UserVP(N=20), sde_lib.subVPSDE(N=20)):
         with pytest.raises(NotImplementedError, match=type(sde).__name__):
@@ -497,6 +521,32 @@ def test_coefficients_suffice_for_loss_and_likelihood() -> None:
     exact = -torch.distributions.Normal(0.0, 1.0).log_prob(batch).flatten(1).mean(1) / np.log(2) + 8
     for value in bpd:  # the flow of a stationary density stands still
         torch.testing.assert_close(value, exact, rtol=1e-5, atol=1e-5)
+
+
+class LongerUserPlain(UserPlain):
+    T = 2
+
+
+def test_other_end_times() -> None:
+    sde, seen = LongerUserPlain(10), []
+
+    def score(x: Tensor, t: Tensor) -> Tensor:
+        seen.append(t[0].item())
+        return -x
+
+    sampler = sampling.get_pc_sampler(
+        sde, SHAPE, sampling.EulerMaruyamaPredictor, None, lambda x: x, 0.16, continuous=True, device="cpu"
+    )
+    sampler(score)
+    assert seen == pytest.approx(np.linspace(2, 1e-3, 10).tolist(), rel=1e-6)
+    seen.clear()
+    z = draws(1)[0]
+    x, _ = sampling.get_ode_sampler(sde, SHAPE, lambda x: x, device="cpu")(score, z)
+    torch.testing.assert_close(x, z, rtol=1e-4, atol=1e-4)
+    assert seen[0] == 2
+    seen.clear()
+    call_with([torch.full((4,), 0.75), z], losses.get_sde_loss_fn(sde, False), score, z)
+    assert seen == pytest.approx([1.5], rel=1e-4)
 
 
 class Changed(sde_lib.VPSDE):

@@ -2,6 +2,7 @@
 
 import builtins
 import copy
+import inspect
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from networks import GaussianModel, TinyTrainNet, per_sample
 from scipy.integrate import DOP853, RK45
 from torch import Tensor, nn
 
-from scoresde_ext import controllable_generation, likelihood, losses, noise, sampling, sde_lib, utils
+from scoresde_ext import controllable_generation, integrate, likelihood, losses, noise, sampling, sde_lib, utils
 from scoresde_ext.models import utils as mutils
 from scoresde_ext.models.ema import ExponentialMovingAverage
 
@@ -263,6 +264,144 @@ def test_no_corrector_steps(corrector: str) -> None:
     samples, nfe = pc_sampler(sde, (4, 5), "reverse_diffusion", corrector, n_steps=0)(network)
     assert torch.isfinite(samples).all()
     assert nfe == N
+
+
+@every_kind
+def test_shared_update_functions(kind: str) -> None:
+    sde, network = make(kind)
+    x, t, z = normals(4, 5), torch.tensor([0.001, 0.4, 0.8, 1.0]), normals(4, 5, seed=1)
+    score_fn = mutils.get_score_fn(sde, network, continuous=True)
+    with noise.replay([z] * 4):
+        predicted = sampling.shared_predictor_update_fn(
+            x, t, sde, network, sampling.ReverseDiffusionPredictor, probability_flow=False, continuous=True
+        )
+        corrected = sampling.shared_corrector_update_fn(
+            x, t, sde, network, sampling.LangevinCorrector, continuous=True, snr=0.16, n_steps=1
+        )
+        wanted = sampling.ReverseDiffusionPredictor(sde, score_fn).update_fn(x, t)
+        wanted += sampling.LangevinCorrector(sde, score_fn, 0.16, 1).update_fn(x, t)
+    for actual, target in zip(predicted + corrected, wanted, strict=True):
+        assert torch.equal(actual, target)
+    for nothing in (
+        sampling.shared_predictor_update_fn(x, t, sde, network, None, False, True),
+        sampling.shared_corrector_update_fn(x, t, sde, network, None, True, 0.16, 1),
+    ):
+        assert torch.equal(nothing[0], x)
+        assert torch.equal(nothing[1], x)
+
+
+def test_divergence_of_a_linear_map() -> None:
+    matrix, eps = normals(6, 6), normals(4, 3, 2, seed=1)
+    div = likelihood.get_div_fn(lambda x, t: (x.flatten(1) @ matrix).reshape(x.shape))
+    value = div(normals(4, 3, 2, seed=2), torch.ones(4), eps)
+    torch.testing.assert_close(value, torch.einsum("bi,ij,bj->b", eps.flatten(1), matrix, eps.flatten(1)))
+
+
+@every_kind
+def test_divergence_of_the_flow(kind: str) -> None:
+    """Drifts are differentiable in x, and their divergence is the trace of a known matrix."""
+    sde, network = make(kind)
+    x, t, eps = normals(4, 5), torch.tensor([0.01, 0.4, 0.8, 1.0]), (normals(4, 5, seed=1) > 0) * 2.0 - 1
+    score_fn = mutils.get_score_fn(sde, network, continuous=True)
+    flow = sde.reverse(score_fn, probability_flow=True)
+    value = likelihood.get_div_fn(lambda x, t: flow.sde(x, t)[0])(x, t, eps)
+
+    ones = torch.ones(4, 5)
+    slope = score_fn(x + ones, t) - score_fn(x, t)  # the score is linear and diagonal
+    drift_slope = sde.sde(ones, t)[0] - 0.5 * per_sample(sde.sde(x, t)[1] ** 2, x) * slope
+    torch.testing.assert_close(value, drift_slope.sum(1), rtol=1e-4, atol=1e-4)
+
+
+@every_kind
+def test_any_strides(kind: str) -> None:
+    """Channels-last images and transposed views give what their contiguous copies give."""
+    sde, network = make(kind)
+    t, u = torch.tensor([0.001, 0.4, 0.8, 1.0]), torch.tensor([0.0, 0.3, 0.6, 0.9])
+    loose = {"rtol": 1e-3, "atol": 1e-3}
+    image = normals(4, 3, 2, 5).to(memory_format=torch.channels_last)
+    view = normals(5, 2, 3, 4, seed=1).permute(3, 2, 1, 0)
+    loss_fn = losses.get_sde_loss_fn(sde, False)
+    score_fn = mutils.get_score_fn(sde, network, continuous=True)
+    inpaint = controllable_generation.get_pc_inpainter(
+        sde, sampling.ReverseDiffusionPredictor, None, identity, 0.16, continuous=True
+    )
+    for x in (image, view):
+        assert not x.is_contiguous()
+        results = []
+        for y in (x, x.contiguous()):
+            with noise.replay([view, view, u, view, (view > 0).long(), *[view] * (1 + 3 * N)]):
+                results.append(
+                    [
+                        *sampling.EulerMaruyamaPredictor(sde, score_fn).update_fn(y, t),
+                        *sampling.LangevinCorrector(sde, score_fn, 0.16, 1).update_fn(y, t),
+                        loss_fn(network, y),
+                        *likelihood.get_likelihood_fn(sde, identity, **loose)(network, y)[:2],
+                        inpaint(network, y, (y > 0).float()),
+                        sampling.get_ode_sampler(sde, y.shape, identity, device="cpu", **loose)(network, y)[0],
+                    ]
+                )
+        for strided, contiguous in zip(*results, strict=True):
+            torch.testing.assert_close(strided, contiguous, rtol=1e-5, atol=1e-5)
+
+
+@every_kind
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_batch(kind: str, dtype: torch.dtype) -> None:
+    """The batch keeps its dtype up to the network; the loss is summed in float32."""
+    sde, network = make(kind)
+    seen: set[torch.dtype] = set()
+
+    def model(x: Tensor, labels: Tensor) -> Tensor:
+        seen.update((x.dtype, labels.dtype))
+        return network(x.float(), labels.float()).to(x.dtype)
+
+    x, z, u = normals(64, 30), normals(64, 30, seed=1), torch.linspace(0.2, 0.9, 64)
+    results = []
+    for batch in (x, x.to(dtype)):
+        with noise.replay([u, z]):
+            results.append(losses.get_sde_loss_fn(sde, False, likelihood_weighting=False)(model, batch))
+    assert results[1].dtype == torch.float32
+    # x, the network's output and z are rounded to 8 bits each (bfloat16); 2000 of their errors average out
+    torch.testing.assert_close(results[1], results[0], rtol=1e-2, atol=0)
+    assert seen == {torch.float32, dtype}
+
+
+def test_optimize_fn() -> None:
+    config = SimpleNamespace(
+        optim=SimpleNamespace(
+            optimizer="Adam", lr=0.1, beta1=0.5, eps=1e-7, weight_decay=0.25, warmup=0, grad_clip=-1.0
+        )
+    )
+    weight = nn.Parameter(torch.zeros(2))
+    optimizer = losses.get_optimizer(config, [weight])
+    (group,) = optimizer.param_groups
+    assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (0.1, (0.5, 0.999), 1e-7, 0.25)
+    optimize_fn = losses.optimization_manager(config)
+    assert list(inspect.signature(optimize_fn).parameters) == [
+        "optimizer",
+        "params",
+        "step",
+        "lr",
+        "warmup",
+        "grad_clip",
+    ]
+
+    weight.grad = torch.tensor([3.0, 4.0])
+    optimize_fn(optimizer, [weight], step=0)
+    assert group["lr"] == 0.1  # no warm-up
+    assert torch.equal(weight.grad, torch.tensor([3.0, 4.0]))  # no clipping
+    optimize_fn(optimizer, [weight], step=7, lr=0.2, warmup=10, grad_clip=0.5)
+    assert group["lr"] == pytest.approx(0.14)
+    torch.testing.assert_close(weight.grad, torch.tensor([0.3, 0.4]))
+
+
+@pytest.mark.parametrize("method", ["RK45", "RK23", "DOP853", "rk4"])
+def test_function_that_reuses_its_output(method: str) -> None:
+    """A network with static outputs writes every result into one buffer: slopes have to be copied, as scipy does."""
+    buffer, y = torch.empty(4, 3), normals(4, 3)
+    steps = 20 if method == "rk4" else None
+    solution = integrate.solve(lambda t, y: torch.neg(y, out=buffer), (0.0, 1.0), y, method, steps=steps)
+    torch.testing.assert_close(solution.y, y * np.exp(-1), rtol=1e-4, atol=1e-5)
 
 
 # --- NaN --------------------------------------------------------------------------------------------------------------

@@ -172,6 +172,18 @@ def test_replay_of_wrong_kind() -> None:
         loss_fn(lambda x, labels: x, torch.ones(SHAPE))
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.float32])
+def test_replay_of_whole_numbers(dtype: torch.dtype) -> None:
+    """Rademacher's 0 and 1 count as integers in whatever dtype they were stored."""
+    signs = (torch.arange(60).reshape(SHAPE) % 2).to(dtype)
+    likelihood_fn = likelihood.get_likelihood_fn(SDES["vp"][0], identity, rtol=1e-2, atol=1e-2)
+    results = []
+    for stored in (signs, signs.long()):
+        with noise.replay([stored]):
+            results.append(likelihood_fn(lambda x, labels: x.roll(1, dims=1), torch.ones(SHAPE))[0])
+    assert torch.equal(*results)
+
+
 def test_leftovers_do_not_hide_an_error() -> None:
     with pytest.raises(ZeroDivisionError), noise.replay(zeros(1)):
         _ = 1 / 0
@@ -223,6 +235,23 @@ def test_a_sample_does_not_depend_on_its_batch(kind: str) -> None:
     assert torch.equal(others[:2], batch[[4, 2]])
     with noise.seeds(8, [0, 1, 2, 3, 4]):
         assert not torch.isclose(pc(kind), batch).any()
+
+
+def test_latent_code_does_not_depend_on_its_batch() -> None:
+    """The adaptive solver shares its steps among a batch; where a sample starts it does not share."""
+    sde, network = SDES["ve"]
+    starts = []
+    for ids in ([0, 1, 2, 3, 4], [3]):
+        seen: list[Tensor] = []
+
+        def model(x: Tensor, labels: Tensor, seen: list[Tensor] = seen) -> Tensor:
+            seen.append(x.clone())
+            return network(x, labels)
+
+        with noise.seeds(7, ids):
+            sampling.get_ode_sampler(sde, (len(ids), *SHAPE[1:]), identity, rtol=1e-2, atol=1e-2, device="cpu")(model)
+        starts.append(seen[0])
+    assert torch.equal(starts[1][0], starts[0][3])
 
 
 def test_streams_are_independent() -> None:

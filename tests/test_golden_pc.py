@@ -5,8 +5,8 @@ from torch import Tensor, nn
 
 from scoresde_ext import noise, sampling
 
-# A run adds up 30 to 120 updates, each a few roundings from upstream's (test_golden_steps.py), in either direction: a random
-# walk of some ten roundings of the largest value, which the next steps contract.
+# A run adds up 30 to 120 updates, each a few roundings from upstream's (test_golden_steps.py) in either direction: a
+# random walk of some ten roundings of the largest value, which the following steps contract.
 ROUNDINGS = 32
 
 

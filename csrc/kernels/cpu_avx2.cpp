@@ -13,12 +13,11 @@
 #pragma GCC target("avx2,fma,f16c,bmi2")
 #endif
 #define SCORESDE_ISA avx2
+#define SCORESDE_FMA  // the compiler's own macro does not follow the pragma
 #include "kernels/cpu_loops.h"
 
 namespace scoresde::avx2 {
-const CpuKernels& table() {
-  return kernels("avx2");
-}
+const CpuKernels& table() { return kernels("avx2"); }
 }  // namespace scoresde::avx2
 
 #if defined(__clang__)

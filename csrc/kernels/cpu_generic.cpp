@@ -1,8 +1,8 @@
 // The loops for any processor the compiler targets, and the choice among the compiled sets.
 #define SCORESDE_ISA generic
-#include "kernels/cpu_loops.h"
-
 #include <cstdlib>
+
+#include "kernels/cpu_loops.h"
 
 namespace scoresde {
 
@@ -20,12 +20,12 @@ namespace {
 const CpuKernels& choose() {
 #if defined(__x86_64__)
   const char* asked = std::getenv("SCORESDE_EXT_CPU");
-  const int limit = asked == nullptr                      ? 2
+  const int limit = asked == nullptr                     ? 2
                     : std::strcmp(asked, "generic") == 0 ? 0
                     : std::strcmp(asked, "avx2") == 0    ? 1
                                                          : 2;
-  if (limit >= 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl")) {
+  if (limit >= 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
     return avx512::table();
   }
   if (limit >= 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::table();
@@ -35,8 +35,8 @@ const CpuKernels& choose() {
 
 }  // namespace
 
-void control_steps(int64_t rows, const double* norm, const double* h, const bool* after_rejection, double exponent, double* accepted,
-                   double* h_next) {
+void control_steps(int64_t rows, const double* norm, const double* h, const bool* after_rejection, double exponent,
+                   double* accepted, double* h_next) {
   for (int64_t r = 0; r < rows; ++r) {
     const generic::StepDecision decision = generic::control_step(norm[r], h[r], after_rejection[r], exponent);
     accepted[r] = decision.accept ? 1.0 : 0.0;
@@ -49,8 +49,6 @@ const CpuKernels& cpu_kernels() {
   return chosen;
 }
 
-const char* cpu_capability() {
-  return cpu_kernels().capability;
-}
+const char* cpu_capability() { return cpu_kernels().capability; }
 
 }  // namespace scoresde

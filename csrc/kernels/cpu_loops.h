@@ -1,8 +1,9 @@
-// The CPU loops around the functors of csrc/math, compiled once for each instruction set (cpu_generic.cpp, cpu_avx2.cpp, cpu_avx512.cpp).
+// The CPU loops around the functors of csrc/math, compiled once for each instruction set (cpu_generic.cpp,
+// cpu_avx2.cpp, cpu_avx512.cpp).
 //
-// A tile is a stretch of memory that fits in the L1 cache. Inside it every pass is one flat loop over arrays in the compute type, which
-// the compiler vectorises; storage types are converted on the way in and out. Coefficients are either one number for the tile (a piece
-// of a long row) or spread to one number an element (several short rows).
+// A tile is a stretch of memory that fits in the L1 cache. Inside it every pass is one flat loop over arrays in the
+// compute type, which the compiler vectorises; storage types are converted on the way in and out. Coefficients are
+// either one number for the tile (a piece of a long row) or spread to one number an element (several short rows).
 
 #include "kernels/kernels.h"
 #include "math/affine.h"
@@ -18,7 +19,8 @@ struct alignas(64) Scratch {
   A values[tile_size];
 };
 
-// A tile: whole rows [row, row + rows), or columns [col, col + n) of one row; in both cases n elements from `offset` on.
+// A tile: whole rows [row, row + rows), or columns [col, col + n) of one row; in both cases n elements from `offset`
+// on.
 struct Tile {
   int64_t row, rows, col, offset, n, index;
 };
@@ -95,7 +97,7 @@ void with_coefficient(Coefficient c, const Tile& t, int64_t cols, Body body) {
   }
 }
 
-// ---- noise ------------------------------------------------------------------------------------------------------------------------
+// ---- noise ----
 
 inline Stream stream_of(const Noise& noise, int64_t row) {
   const uint64_t id = static_cast<uint64_t>(noise.ids ? noise.ids[row] : row);
@@ -109,10 +111,13 @@ struct Blocks {
   alignas(64) uint32_t block[most], id_low[most], id_high[most];
 };
 
-// Kept out of line: one copy of the loop for all kernels. Results come one array a word, so that the loop is a plain vector loop.
-__attribute__((noinline)) inline void normals_of_blocks(uint64_t seed, uint32_t draw, const Blocks& b, float (&z)[4][Blocks::most]) {
+// Kept out of line: one copy of the loop for all kernels. Results come one array a word, so that the loop is a plain
+// vector loop.
+__attribute__((noinline)) inline void normals_of_blocks(uint64_t seed, uint32_t draw, const Blocks& b,
+                                                        float (&z)[4][Blocks::most]) {
   for (int64_t i = 0; i < b.n; ++i) {
-    const Words w = philox({b.block[i], draw, b.id_low[i], b.id_high[i]}, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+    const Words w = philox({b.block[i], draw, b.id_low[i], b.id_high[i]}, static_cast<uint32_t>(seed),
+                           static_cast<uint32_t>(seed >> 32));
     const Pair first = normals_from(w.x, w.y), second = normals_from(w.z, w.w);
     z[0][i] = first.a;
     z[1][i] = first.b;
@@ -181,9 +186,10 @@ inline void noise_tiles(const NoiseArgs& args, int64_t begin, int64_t end) {
   }
 }
 
-// ---- sums -------------------------------------------------------------------------------------------------------------------------
+// ---- sums ----
 
-// Sum of squares in a fixed order: 16 interleaved sums, then a double. The same on every instruction set and with any thread count.
+// Sum of squares in a fixed order: 16 interleaved sums, then a double. The same on every instruction set and with any
+// thread count.
 template <class A>
 double sum_of_squares(const A* r, int64_t n) {
   A lanes[16] = {};
@@ -203,7 +209,7 @@ void row_sums(const A* r, const Tile& t, int64_t cols, double* partials) {
   for (int64_t row = 0; row < t.rows; ++row) partials[t.index + row] = sum_of_squares(r + row * width, width);
 }
 
-// ---- kernels ----------------------------------------------------------------------------------------------------------------------
+// ---- kernels ----
 
 template <class T>
 void affine_tiles(const AffineArgs& args, int64_t begin, int64_t end) {
@@ -264,6 +270,10 @@ void residual_tiles(const ResidualArgs& args, int64_t begin, int64_t end) {
     if (!args.grad) continue;
     A* grad = target<T>(args.grad, t, scratch_grad);
     with_coefficient<A>(args.c, t, args.cols, [&](auto c) {
+      if (!args.weighted_grad) {
+        for (int64_t j = 0; j < t.n; ++j) grad[j] = residual_gradient<A>(r[j], A{2} * c[j]);
+        return;
+      }
       with_coefficient<A>(args.w, t, args.cols, [&](auto w) {
         for (int64_t j = 0; j < t.n; ++j) grad[j] = residual_gradient<A>(r[j], A{2} * w[j] * c[j]);
       });
@@ -332,16 +342,20 @@ void error_tiles(const ErrorArgs& args, int64_t begin, int64_t end) {
   }
 }
 
-// ---- dispatch over the storage type -----------------------------------------------------------------------------------------------
+// ---- dispatch over the storage type ----
 
-#define SCORESDE_BY_DTYPE(function)                                                            \
-  [](const auto& args, int64_t begin, int64_t end) {                                           \
-    switch (args.dtype) {                                                                      \
-      case DType::f32: return function<float>(args, begin, end);                               \
-      case DType::f64: return function<double>(args, begin, end);                              \
-      case DType::bf16: return function<bf16>(args, begin, end);                               \
-      case DType::f16: return function<f16>(args, begin, end);                                 \
-    }                                                                                          \
+#define SCORESDE_BY_DTYPE(function)                  \
+  [](const auto& args, int64_t begin, int64_t end) { \
+    switch (args.dtype) {                            \
+      case DType::f32:                               \
+        return function<float>(args, begin, end);    \
+      case DType::f64:                               \
+        return function<double>(args, begin, end);   \
+      case DType::bf16:                              \
+        return function<bf16>(args, begin, end);     \
+      case DType::f16:                               \
+        return function<f16>(args, begin, end);      \
+    }                                                \
   }
 
 inline const CpuKernels& kernels(const char* capability) {

@@ -1,6 +1,8 @@
-// What csrc/torch asks of csrc/kernels: plain structs of pointers and numbers, and the functions that take them. No torch here.
+// What csrc/torch asks of csrc/kernels: plain structs of pointers and numbers, and the functions that take them. No
+// torch here.
 //
-// Every array is `rows` dense rows of `cols` elements (row = sample). All arrays of one call share one storage type and one element order.
+// Every array is `rows` dense rows of `cols` elements (row = sample). All arrays of one call share one storage type and
+// one element order.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +13,8 @@ enum class DType : int32_t { f32, f64, bf16, f16 };
 
 constexpr int max_stages = 16;  // DOP853 has 12
 
-// One coefficient a row, in the compute type (double for f64, else float): stride 1, or stride 0 for one number for all rows.
+// One coefficient a row, in the compute type (double for f64, else float): stride 1, or stride 0 for one number for all
+// rows.
 struct Coefficient {
   const void* data = nullptr;
   int64_t stride = 0;
@@ -19,10 +22,10 @@ struct Coefficient {
 
 // Where the noise of a call comes from: an array, a counter-based stream, or nowhere.
 struct Noise {
-  const void* array = nullptr;    // explicit noise in the storage type of the call
-  const int64_t* key = nullptr;   // {seed, first draw}
-  const int64_t* ids = nullptr;   // a stream id a row; null: the row's number
-  int64_t draw = 0;               // added to the first draw
+  const void* array = nullptr;   // explicit noise in the storage type of the call
+  const int64_t* key = nullptr;  // {seed, first draw}
+  const int64_t* ids = nullptr;  // a stream id a row; null: the row's number
+  int64_t draw = 0;              // added to the first draw
   bool any() const { return array != nullptr || key != nullptr; }
 };
 
@@ -38,13 +41,15 @@ struct AffineArgs {
   void* next;
 };
 
-// r = c out + d z; loss[row] = w sum r^2; grad = 2 w c r. `c.data` null: out is not read. No noise: d is not read. `grad` may be null.
+// r = c out + d z; loss[row] = w sum r^2; grad = 2 w c r, or 2 c r where it is kept unweighted. `c.data` null: out is
+// not read. No noise: d is not read. `grad` may be null.
 struct ResidualArgs {
   DType dtype;
   int64_t rows, cols;
   const void* out;
   Coefficient c, d, w;
   Noise noise;
+  bool weighted_grad;
   void* grad;
   double* partials;  // row-major (rows, tiles a row): sums of r^2, not yet weighted
 };
@@ -90,10 +95,12 @@ struct NoiseArgs {
   void* values;   // float; integer: int64
 };
 
-// Work is cut into tiles of at most `tile` elements: pieces of a long row, or several whole short rows. Tiles do not depend on the
-// number of threads, and sums are kept per tile and added in order, so that results do not depend on it either.
+// Work is cut into tiles of at most `tile` elements: pieces of a long row, or several whole short rows. Tiles do not
+// depend on the number of threads, and sums are kept per tile and added in order, so that results do not depend on it
+// either.
 struct Tiling {
-  static constexpr int64_t tile = 1024;  // a multiple of 4 (one Philox block); four float arrays of it fit in half an L1 cache
+  static constexpr int64_t tile =
+      1024;  // a multiple of 4 (one Philox block); four float arrays of it fit in half an L1 cache
   int64_t rows, cols;
   int64_t tiles_per_row, rows_per_tile;
   Tiling(int64_t rows_, int64_t cols_) : rows(rows_), cols(cols_) {
@@ -101,7 +108,9 @@ struct Tiling {
     const int64_t padded = (cols + 3) / 4 * 4;
     rows_per_tile = cols > tile ? 1 : (padded == 0 ? tile : tile / padded);
   }
-  int64_t count() const { return tiles_per_row > 1 ? rows * tiles_per_row : (rows + rows_per_tile - 1) / rows_per_tile; }
+  int64_t count() const {
+    return tiles_per_row > 1 ? rows * tiles_per_row : (rows + rows_per_tile - 1) / rows_per_tile;
+  }
 };
 
 // One function a kernel; each works on tiles [begin, end).
@@ -115,9 +124,11 @@ struct CpuKernels {
 };
 
 // One step decision a row: accepted[r] is 1 or 0, h_next[r] the |h| to try next.
-void control_steps(int64_t rows, const double* norm, const double* h, const bool* after_rejection, double exponent, double* accepted, double* h_next);
+void control_steps(int64_t rows, const double* norm, const double* h, const bool* after_rejection, double exponent,
+                   double* accepted, double* h_next);
 
-// The best of the compiled sets that this processor runs. SCORESDE_EXT_CPU=generic|avx2|avx512 in the environment asks for a lower one.
+// The best of the compiled sets that this processor runs. SCORESDE_EXT_CPU=generic|avx2|avx512 in the environment asks
+// for a lower one.
 const CpuKernels& cpu_kernels();
 const char* cpu_capability();
 

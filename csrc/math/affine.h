@@ -1,5 +1,5 @@
-// The one idea: perturbation, loss, predictors, correctors and the probability-flow drift are affine in (state, network output, noise),
-// with one coefficient per sample. docs/equations.md says which coefficients make which equation.
+// The one idea: perturbation, loss, predictors, correctors and the probability-flow drift are affine in (state, network
+// output, noise), with one coefficient per sample. docs/equations.md says which coefficients make which equation.
 #pragma once
 
 #include "math/scalar.h"
@@ -24,10 +24,10 @@ SCORESDE_HD A residual(A out, A z, A c, A d) {
   return mul_add(d, z, c * out);
 }
 
-// d (w r^2) / d out = 2 w c r
+// d (w r^2) / d out = 2 w c r, from slope = 2 w c
 template <class A>
-SCORESDE_HD A residual_gradient(A r, A two_w_c) {
-  return two_w_c * r;
+SCORESDE_HD A residual_gradient(A r, A slope) {
+  return slope * r;
 }
 
 }  // namespace scoresde::SCORESDE_ISA

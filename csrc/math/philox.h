@@ -1,7 +1,7 @@
 // Counter-based random numbers: every number is a pure function of (seed, sample id, draw, element).
 //
-// Philox4x32-10 (Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011). The key is the seed; the counter
-// is (element / 4, draw, sample id); the four words of a block belong to four neighbouring elements.
+// Philox4x32-10 (Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011). The key is the
+// seed; the counter is (element / 4, draw, sample id); the four words of a block belong to four neighbouring elements.
 #pragma once
 
 #include "math/scalar.h"
@@ -19,9 +19,7 @@ struct Stream {
   uint32_t draw;
 };
 
-SCORESDE_HD uint32_t mul_high(uint32_t a, uint32_t b) {
-  return static_cast<uint32_t>((uint64_t{a} * b) >> 32);
-}
+SCORESDE_HD uint32_t mul_high(uint32_t a, uint32_t b) { return static_cast<uint32_t>((uint64_t{a} * b) >> 32); }
 
 SCORESDE_HD Words philox_round(Words c, uint32_t k0, uint32_t k1) {
   constexpr uint32_t m0 = 0xD2511F53u, m1 = 0xCD9E8D57u;
@@ -44,21 +42,20 @@ SCORESDE_HD Words philox(Words c, uint32_t k0, uint32_t k1) {
 
 // Block `block` of a stream: the words of elements 4 block .. 4 block + 3.
 SCORESDE_HD Words random_words(Stream s, uint32_t block) {
-  return philox({block, s.draw, static_cast<uint32_t>(s.id), static_cast<uint32_t>(s.id >> 32)}, static_cast<uint32_t>(s.seed),
-                static_cast<uint32_t>(s.seed >> 32));
+  return philox({block, s.draw, static_cast<uint32_t>(s.id), static_cast<uint32_t>(s.id >> 32)},
+                static_cast<uint32_t>(s.seed), static_cast<uint32_t>(s.seed >> 32));
 }
 
 // Uniform on [0, 1) with 24 bits, as torch.rand has them in float32.
-SCORESDE_HD float uniform_from(uint32_t word) {
-  return static_cast<float>(static_cast<int32_t>(word >> 8)) * 0x1p-24f;
-}
+SCORESDE_HD float uniform_from(uint32_t word) { return static_cast<float>(static_cast<int32_t>(word >> 8)) * 0x1p-24f; }
 
 // Uniform on {0, ..., high - 1} for high <= 2^32. The bias is below high / 2^32.
 SCORESDE_HD int64_t integer_from(uint32_t word, uint64_t high) {
   return static_cast<int64_t>((uint64_t{word} * high) >> 32);
 }
 
-// log(u) for positive normal u: u = 2^e (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)); minimax polynomial, relative error 6e-9.
+// log(u) for positive normal u: u = 2^e (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)); minimax polynomial, relative error
+// 6e-9.
 SCORESDE_HD float log_positive(float u) {
   const int32_t shifted = bits_as<int32_t>(u) - 0x3f3504f3;  // sqrt(1/2)
   const int32_t e = shifted >> 23;
@@ -82,8 +79,8 @@ struct Pair {
   float a, b;
 };
 
-// Two independent standard normals from two words (Box and Muller 1958): radius sqrt(-2 log u), u = (word + 1/2) / 2^32, and an angle
-// of `turn` 2^-32 turns, reduced exactly in integers to at most an eighth of a turn.
+// Two independent standard normals from two words (Box and Muller 1958): radius sqrt(-2 log u), u = (word + 1/2) /
+// 2^32, and an angle of `turn` 2^-32 turns, reduced exactly in integers to at most an eighth of a turn.
 SCORESDE_HD Pair normals_from(uint32_t word, uint32_t turn) {
   // Two 16-bit halves convert exactly; the sum rounds once.
   const float u = mul_add(static_cast<float>(static_cast<int32_t>(word >> 16)), 0x1p-16f,
@@ -91,7 +88,8 @@ SCORESDE_HD Pair normals_from(uint32_t word, uint32_t turn) {
   const float radius = __builtin_sqrtf(-2.0f * log_positive(u));
 
   const uint32_t quadrant = (turn + 0x20000000u) >> 30;
-  const float r = static_cast<float>(static_cast<int32_t>(turn - (quadrant << 30))) * 0x1p-31f;  // half turns, |r| <= 1/4
+  const float r =
+      static_cast<float>(static_cast<int32_t>(turn - (quadrant << 30))) * 0x1p-31f;  // half turns, |r| <= 1/4
   const float r2 = r * r;
   float s = 0.08099587f;
   s = mul_add(s, r2, -0.5992014f);

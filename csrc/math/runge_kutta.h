@@ -1,4 +1,5 @@
-// Embedded Runge-Kutta steps (Dormand and Prince 1980; Hairer, Norsett, Wanner, "Solving Ordinary Differential Equations I", II.4).
+// Embedded Runge-Kutta steps (Dormand and Prince 1980; Hairer, Norsett, Wanner, "Solving Ordinary Differential
+// Equations I", II.4).
 #pragma once
 
 #include "math/scalar.h"
@@ -19,8 +20,9 @@ struct StepDecision {
   double h;  // the next |h| to try
 };
 
-// The controller of scipy's RungeKutta: accepted iff norm < 1; factor safety * norm^exponent within [0.2, 10]; no growth right after a
-// rejection. A norm that is not finite is a rejection by the smallest factor: who called decides whether to go on.
+// The controller of scipy's RungeKutta: accepted iff norm < 1; factor safety * norm^exponent within [0.2, 10]; no
+// growth right after a rejection. A norm that is not finite is a rejection by the smallest factor: who called decides
+// whether to go on.
 SCORESDE_HD StepDecision control_step(double norm, double h, bool after_rejection, double exponent) {
   constexpr double safety = 0.9, smallest = 0.2, largest = 10.0;
   if (norm < 1.0) {

@@ -1,7 +1,8 @@
 // Number types and the few operations that every functor is built from, for host and device. No torch here.
 //
-// Each translation unit that includes csrc/math defines SCORESDE_ISA (avx512, avx2, generic, device) first: the headers live in a
-// namespace of that name, so that code compiled for one instruction set can never be linked into another's place.
+// Each translation unit that includes csrc/math defines SCORESDE_ISA (avx512, avx2, generic, device) first: the headers
+// live in a namespace of that name, so that code compiled for one instruction set can never be linked into another's
+// place.
 #pragma once
 
 #include <cmath>
@@ -28,11 +29,12 @@ SCORESDE_HD To bits_as(From from) {
   return to;
 }
 
-// a * b + c. One rounding where the machine has a fused multiply-add, so that the AVX2, AVX-512 and CUDA builds agree bit for bit;
-// two roundings on the generic path, where fma() would be a slow library call. (Contraction by the compiler is switched off.)
+// a * b + c. One rounding where the machine has a fused multiply-add, so that the AVX2, AVX-512 and CUDA builds agree
+// bit for bit; two roundings on the generic path, where fma() would be a slow library call. (Contraction by the
+// compiler is switched off.)
 template <class A>
 SCORESDE_HD A mul_add(A a, A b, A c) {
-#if defined(__CUDA_ARCH__) || defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+#if defined(__CUDA_ARCH__) || defined(SCORESDE_FMA) || defined(__FMA__) || defined(__ARM_FEATURE_FMA)
   if constexpr (sizeof(A) == 4) {
     return __builtin_fmaf(a, b, c);
   } else {
@@ -43,7 +45,8 @@ SCORESDE_HD A mul_add(A a, A b, A c) {
 #endif
 }
 
-// bfloat16 and IEEE half as stored bits. Conversions are branch-free integer arithmetic, which every compiler vectorises.
+// bfloat16 and IEEE half as stored bits. Conversions are branch-free integer arithmetic, which every compiler
+// vectorises.
 struct bf16 {
   uint16_t bits;
 };
@@ -51,15 +54,9 @@ struct f16 {
   uint16_t bits;
 };
 
-SCORESDE_HD float widen(float v) {
-  return v;
-}
-SCORESDE_HD double widen(double v) {
-  return v;
-}
-SCORESDE_HD float widen(bf16 v) {
-  return bits_as<float>(uint32_t{v.bits} << 16);
-}
+SCORESDE_HD float widen(float v) { return v; }
+SCORESDE_HD double widen(double v) { return v; }
+SCORESDE_HD float widen(bf16 v) { return bits_as<float>(uint32_t{v.bits} << 16); }
 SCORESDE_HD float widen(f16 v) {
   const uint32_t sign = uint32_t{v.bits & 0x8000u} << 16;
   const uint32_t magnitude = uint32_t{v.bits & 0x7fffu} << 13;
@@ -94,7 +91,8 @@ SCORESDE_HD f16 narrow<f16>(float v) {
   const uint32_t u = bits_as<uint32_t>(v);
   const uint32_t sign = (u >> 16) & 0x8000u;
   const uint32_t a = u & 0x7fffffffu;
-  // Normal halves: rebias the exponent and round the 13 lost bits to nearest even. A carry may run into the exponent, up to Inf.
+  // Normal halves: rebias the exponent and round the 13 lost bits to nearest even. A carry may run into the exponent,
+  // up to Inf.
   const uint32_t normal = (a - 0x38000000u + 0x0fffu + ((a >> 13) & 1u)) >> 13;
   // Subnormal halves: adding 0.5 aligns the wanted bits with the end of the significand, and the addition rounds.
   const uint32_t subnormal = bits_as<uint32_t>(bits_as<float>(a) + 0.5f) - 0x3f000000u;

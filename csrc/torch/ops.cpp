@@ -1,4 +1,5 @@
-// The operators: schemas, argument checks, layouts, and dispatch to csrc/kernels. scoresde_ext/ops.py documents each one.
+// The operators: schemas, argument checks, layouts, and dispatch to csrc/kernels. scoresde_ext/ops.py documents each
+// one.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -15,30 +16,33 @@ namespace {
 using at::Tensor;
 using OptTensor = std::optional<Tensor>;
 
-// ---- argument checks --------------------------------------------------------------------------------------------------------------
+// ---- argument checks ----
 
 DType dtype_of(const Tensor& t, const char* name) {
   switch (t.scalar_type()) {
-    case at::kFloat: return DType::f32;
-    case at::kDouble: return DType::f64;
-    case at::kBFloat16: return DType::bf16;
-    case at::kHalf: return DType::f16;
+    case at::kFloat:
+      return DType::f32;
+    case at::kDouble:
+      return DType::f64;
+    case at::kBFloat16:
+      return DType::bf16;
+    case at::kHalf:
+      return DType::f16;
     default:
       TORCH_CHECK_TYPE(false, name, ": expected float32, float64, bfloat16 or float16, got ", t.scalar_type(),
                        ". Convert it first, for example with .float().");
   }
 }
 
-at::ScalarType compute_type(const Tensor& t) {
-  return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
+at::ScalarType compute_type(const Tensor& t) { return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
 
 void check_same(const Tensor& t, const char* name, const Tensor& like, const char* like_name) {
-  TORCH_CHECK_VALUE(t.sizes() == like.sizes(), name, ": expected the shape of ", like_name, ", ", like.sizes(), ", got ", t.sizes(), ".");
-  TORCH_CHECK_VALUE(t.device() == like.device(), name, ": expected the device of ", like_name, ", ", like.device(), ", got ", t.device(),
-                    ". Move it with .to().");
-  TORCH_CHECK_TYPE(t.scalar_type() == like.scalar_type(), name, ": expected the dtype of ", like_name, ", ", like.scalar_type(), ", got ",
-                   t.scalar_type(), ". Convert it with .to().");
+  TORCH_CHECK_VALUE(t.sizes() == like.sizes(), name, ": expected the shape of ", like_name, ", ", like.sizes(),
+                    ", got ", t.sizes(), ".");
+  TORCH_CHECK_VALUE(t.device() == like.device(), name, ": expected the device of ", like_name, ", ", like.device(),
+                    ", got ", t.device(), ". Move it with .to().");
+  TORCH_CHECK_TYPE(t.scalar_type() == like.scalar_type(), name, ": expected the dtype of ", like_name, ", ",
+                   like.scalar_type(), ", got ", t.scalar_type(), ". Convert it with .to().");
 }
 
 struct Shape {
@@ -46,16 +50,17 @@ struct Shape {
 };
 
 Shape shape_of(const Tensor& t, const char* name) {
-  TORCH_CHECK_VALUE(t.dim() >= 1, name, ": expected shape (B, ...), got a tensor without dimensions. Add a batch dimension.");
+  TORCH_CHECK_VALUE(t.dim() >= 1, name,
+                    ": expected shape (B, ...), got a tensor without dimensions. Add a batch dimension.");
   int64_t cols = 1;
   for (int64_t d = 1; d < t.dim(); ++d) cols *= t.size(d);
   return {t.size(0), cols};
 }
 
-// ---- layouts ----------------------------------------------------------------------------------------------------------------------
+// ---- layouts ----
 
-// Brings every array of a call into one element order. The order of `like` itself serves where its rows are dense (contiguous,
-// channels_last, ...); generated noise is indexed in logical order and so asks for contiguous arrays.
+// Brings every array of a call into one element order. The order of `like` itself serves where its rows are dense
+// (contiguous, channels_last, ...); generated noise is indexed in logical order and so asks for contiguous arrays.
 class Layout {
  public:
   Layout(const Tensor& like, const char* name, bool logical_order) : like_(like), name_(name) {
@@ -88,9 +93,10 @@ struct Numbers {
 
   Numbers() = default;
   Numbers(const Tensor& t, const char* name, const Tensor& x) {
-    TORCH_CHECK_VALUE(t.dim() <= 1 && (t.numel() == 1 || t.numel() == x.size(0)), name, ": expected one number or one a sample, shape (",
-                      x.size(0), ",), got shape ", t.sizes(), ".");
-    TORCH_CHECK_VALUE(t.device() == x.device(), name, ": expected device ", x.device(), ", got ", t.device(), ". Move it with .to().");
+    TORCH_CHECK_VALUE(t.dim() <= 1 && (t.numel() == 1 || t.numel() == x.size(0)), name,
+                      ": expected one number or one a sample, shape (", x.size(0), ",), got shape ", t.sizes(), ".");
+    TORCH_CHECK_VALUE(t.device() == x.device(), name, ": expected device ", x.device(), ", got ", t.device(),
+                      ". Move it with .to().");
     TORCH_CHECK_TYPE(t.is_floating_point(), name, ": expected a floating-point tensor, got ", t.scalar_type(), ".");
     held = t.to(compute_type(x)).contiguous();
     coefficient = {held.const_data_ptr(), held.numel() == 1 ? 0 : 1};
@@ -102,32 +108,35 @@ struct Numbers {
 
 // The noise arguments of an op: an array `z`, or a `key` (with `ids`, `draw`), or nothing.
 struct NoiseInput {
-  Tensor z, ids;
+  Tensor z, key, ids;
   Noise noise;
 
-  NoiseInput(const OptTensor& array, const OptTensor& key, const OptTensor& stream_ids, int64_t draw, const Tensor& like, const Layout& layout) {
-    TORCH_CHECK_VALUE(!(array && key), "z, key: expected one of them, got both.");
+  NoiseInput(const OptTensor& array, const OptTensor& stream_key, const OptTensor& stream_ids, int64_t draw,
+             const Tensor& like, const Layout& layout) {
+    TORCH_CHECK_VALUE(!(array && stream_key), "z, key: expected one of them, got both.");
     if (array) {
       z = layout.input(*array, "z");
       noise.array = z.const_data_ptr();
-    } else if (key) {
-      *this = NoiseInput(*key, stream_ids, draw, shape_of(like, "x"), like.device());
+    } else if (stream_key) {
+      *this = NoiseInput(*stream_key, stream_ids, draw, shape_of(like, "x"), like.device());
     }
   }
 
-  NoiseInput(const Tensor& key, const OptTensor& stream_ids, int64_t draw, Shape shape, at::Device device) {
+  NoiseInput(const Tensor& stream_key, const OptTensor& stream_ids, int64_t draw, Shape shape, at::Device device)
+      : key(stream_key.contiguous()) {
     TORCH_CHECK_VALUE(key.scalar_type() == at::kLong && key.sizes() == at::IntArrayRef({2}) && key.device() == device,
-                      "key: expected an int64 tensor (seed, first draw) of shape (2,) on ", device, ", got ", key.scalar_type(), " ", key.sizes(),
-                      " on ", key.device(), ".");
+                      "key: expected an int64 tensor (seed, first draw) of shape (2,) on ", device, ", got ",
+                      key.scalar_type(), " ", key.sizes(), " on ", key.device(), ".");
     TORCH_CHECK_VALUE(draw >= 0, "draw: expected a count from 0 on, got ", draw, ".");
-    TORCH_CHECK_VALUE(shape.cols <= (int64_t{1} << 34), "x: expected at most 2^34 elements a sample where noise is generated, got ", shape.cols, ".");
+    TORCH_CHECK_VALUE(shape.cols <= (int64_t{1} << 34),
+                      "x: expected at most 2^34 elements a sample where noise is generated, got ", shape.cols, ".");
     noise.key = key.const_data_ptr<int64_t>();
     noise.draw = draw;
     if (stream_ids) {
-      TORCH_CHECK_VALUE(stream_ids->scalar_type() == at::kLong && stream_ids->dim() == 1 && stream_ids->size(0) == shape.rows &&
-                            stream_ids->device() == device,
-                        "ids: expected an int64 tensor of shape (", shape.rows, ",) on ", device, ", got ", stream_ids->scalar_type(), " ",
-                        stream_ids->sizes(), " on ", stream_ids->device(), ".");
+      TORCH_CHECK_VALUE(stream_ids->scalar_type() == at::kLong && stream_ids->dim() == 1 &&
+                            stream_ids->size(0) == shape.rows && stream_ids->device() == device,
+                        "ids: expected an int64 tensor of shape (", shape.rows, ",) on ", device, ", got ",
+                        stream_ids->scalar_type(), " ", stream_ids->sizes(), " on ", stream_ids->device(), ".");
       ids = stream_ids->contiguous();
       noise.ids = ids.const_data_ptr<int64_t>();
     }
@@ -137,7 +146,8 @@ struct NoiseInput {
 template <class Args>
 void run(void (*kernel)(const Args&, int64_t, int64_t), const Args& args) {
   constexpr int64_t grain = 16;  // tiles a thread is worth waking for
-  at::parallel_for(0, Tiling(args.rows, args.cols).count(), grain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  at::parallel_for(0, Tiling(args.rows, args.cols).count(), grain,
+                   [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
 
 // Row sums from per-tile sums, in order.
@@ -149,17 +159,19 @@ std::vector<double> sum_tiles(const std::vector<double>& partials, int64_t rows,
   return sums;
 }
 
-// ---- affine -----------------------------------------------------------------------------------------------------------------------
+// ---- affine ----
 
 // Shared by the three affine schemas: `mean` and `next` are written where wanted.
-std::pair<Tensor, Tensor> run_affine(const Tensor& x, const OptTensor& out, const Tensor& p, const OptTensor& q, const OptTensor& n,
-                                     const OptTensor& z, const OptTensor& key, const OptTensor& ids, int64_t draw, bool want_mean) {
+std::pair<Tensor, Tensor> run_affine(const Tensor& x, const OptTensor& out, const Tensor& p, const OptTensor& q,
+                                     const OptTensor& n, const OptTensor& z, const OptTensor& key, const OptTensor& ids,
+                                     int64_t draw, bool want_mean) {
   const DType dtype = dtype_of(x, "x");
   const Layout layout(x, "x", key.has_value());
   const Shape shape = shape_of(x, "x");
   const NoiseInput noise(z, key, ids, draw, x, layout);
   TORCH_CHECK_VALUE(out.has_value() == q.has_value(), "out, q: expected both or neither.");
-  TORCH_CHECK_VALUE(n.has_value() == (z.has_value() || key.has_value()), "n: expected exactly where there is noise (z or key).");
+  TORCH_CHECK_VALUE(n.has_value() == (z.has_value() || key.has_value()),
+                    "n: expected exactly where there is noise (z or key).");
   const Tensor xs = layout.input(x, "x");
   const Tensor outs = out ? layout.input(*out, "out") : Tensor();
   const Numbers ps(p, "p", x), qs(q, "q", x), ns(n, "n", x);
@@ -167,10 +179,17 @@ std::pair<Tensor, Tensor> run_affine(const Tensor& x, const OptTensor& out, cons
   if (want_mean) mean = layout.output();
   if (n) next = layout.output();
   if (x.numel() > 0) {
-    const AffineArgs args{dtype,          shape.rows,     shape.cols,
-                          xs.const_data_ptr(), out ? outs.const_data_ptr() : nullptr,
-                          ps.coefficient, qs.coefficient, ns.coefficient,
-                          noise.noise,    want_mean ? mean.mutable_data_ptr() : nullptr, n ? next.mutable_data_ptr() : nullptr};
+    const AffineArgs args{dtype,
+                          shape.rows,
+                          shape.cols,
+                          xs.const_data_ptr(),
+                          out ? outs.const_data_ptr() : nullptr,
+                          ps.coefficient,
+                          qs.coefficient,
+                          ns.coefficient,
+                          noise.noise,
+                          want_mean ? mean.mutable_data_ptr() : nullptr,
+                          n ? next.mutable_data_ptr() : nullptr};
     run(cpu_kernels().affine, args);
   }
   return {want_mean ? layout.result(mean) : mean, n ? layout.result(next) : next};
@@ -180,25 +199,30 @@ Tensor affine(const Tensor& x, const OptTensor& out, const Tensor& p, const OptT
   return run_affine(x, out, p, q, {}, {}, {}, {}, 0, true).first;
 }
 
-std::tuple<Tensor, Tensor> affine_noise(const Tensor& x, const OptTensor& out, const Tensor& p, const OptTensor& q, const Tensor& n,
-                                        const OptTensor& z, const OptTensor& key, const OptTensor& ids, int64_t draw) {
+std::tuple<Tensor, Tensor> affine_noise(const Tensor& x, const OptTensor& out, const Tensor& p, const OptTensor& q,
+                                        const Tensor& n, const OptTensor& z, const OptTensor& key, const OptTensor& ids,
+                                        int64_t draw) {
   return run_affine(x, out, p, q, n, z, key, ids, draw, true);
 }
 
-Tensor perturb(const Tensor& x, const Tensor& m, const Tensor& s, const OptTensor& z, const OptTensor& key, const OptTensor& ids, int64_t draw) {
+Tensor perturb(const Tensor& x, const Tensor& m, const Tensor& s, const OptTensor& z, const OptTensor& key,
+               const OptTensor& ids, int64_t draw) {
   return run_affine(x, {}, m, {}, s, z, key, ids, draw, false).second;
 }
 
-// ---- score-matching loss ----------------------------------------------------------------------------------------------------------
+// ---- score-matching loss ----
 
-std::tuple<Tensor, Tensor> score_loss(const Tensor& out, const OptTensor& c, const OptTensor& d, const Tensor& w, const OptTensor& z,
-                                      const OptTensor& key, const OptTensor& ids, int64_t draw, bool with_grad) {
+std::tuple<Tensor, Tensor> score_loss(const Tensor& out, const OptTensor& c, const OptTensor& d, const Tensor& w,
+                                      const OptTensor& z, const OptTensor& key, const OptTensor& ids, int64_t draw,
+                                      bool with_grad) {
   const DType dtype = dtype_of(out, "out");
   const Layout layout(out, "out", key.has_value());
   const Shape shape = shape_of(out, "out");
   const NoiseInput noise(z, key, ids, draw, out, layout);
-  TORCH_CHECK_VALUE(d.has_value() == (z.has_value() || key.has_value()), "d: expected exactly where there is noise (z or key).");
-  TORCH_CHECK_VALUE(c.has_value() || (d.has_value() && !with_grad), "c: expected a coefficient of out, or d and no gradient.");
+  TORCH_CHECK_VALUE(d.has_value() == (z.has_value() || key.has_value()),
+                    "d: expected exactly where there is noise (z or key).");
+  TORCH_CHECK_VALUE(c.has_value() || (d.has_value() && !with_grad),
+                    "c: expected a coefficient of out, or d and no gradient.");
   const Tensor outs = layout.input(out, "out");
   const Numbers cs(c, "c", out), ds(d, "d", out), ws(w, "w", out);
   const Tensor loss = at::empty({shape.rows}, out.options().dtype(compute_type(out)));
@@ -206,8 +230,11 @@ std::tuple<Tensor, Tensor> score_loss(const Tensor& out, const OptTensor& c, con
   const Tiling tiling(shape.rows, shape.cols);
   std::vector<double> partials(shape.rows * tiling.tiles_per_row, 0.0);
   if (out.numel() > 0) {
-    const ResidualArgs args{dtype, shape.rows, shape.cols, outs.const_data_ptr(), cs.coefficient, ds.coefficient, ws.coefficient, noise.noise,
-                            with_grad ? grad.mutable_data_ptr() : nullptr, partials.data()};
+    const ResidualArgs args{dtype, shape.rows, shape.cols, outs.const_data_ptr(), cs.coefficient, ds.coefficient,
+                            ws.coefficient, noise.noise,
+                            // a weight of one over the batch's elements would underflow in half precision
+                            dtype == DType::f32 || dtype == DType::f64, with_grad ? grad.mutable_data_ptr() : nullptr,
+                            partials.data()};
     run(cpu_kernels().residual, args);
   }
   const std::vector<double> sums = sum_tiles(partials, shape.rows, tiling.tiles_per_row);
@@ -222,7 +249,7 @@ std::tuple<Tensor, Tensor> score_loss(const Tensor& out, const OptTensor& c, con
   return {loss, with_grad ? layout.result(grad) : grad};
 }
 
-// ---- Runge-Kutta ------------------------------------------------------------------------------------------------------------------
+// ---- Runge-Kutta ----
 
 // The slopes that count: pointers and coefficients, without those whose coefficient is zero.
 struct Slopes {
@@ -244,7 +271,8 @@ struct Slopes {
 };
 
 Tensor rk_stage(const Tensor& y, at::TensorList ks, at::ArrayRef<double> a, const Tensor& h) {
-  TORCH_CHECK_VALUE(a.size() == ks.size(), "a: expected ", ks.size(), " coefficients, one a slope, got ", a.size(), ".");
+  TORCH_CHECK_VALUE(a.size() == ks.size(), "a: expected ", ks.size(), " coefficients, one a slope, got ", a.size(),
+                    ".");
   const DType dtype = dtype_of(y, "y");
   const Layout layout(y, "y", false);
   const Shape shape = shape_of(y, "y");
@@ -263,10 +291,10 @@ Tensor rk_stage(const Tensor& y, at::TensorList ks, at::ArrayRef<double> a, cons
   return layout.result(next);
 }
 
-std::tuple<Tensor, Tensor> rk_drift_stage(const Tensor& y, at::TensorList ks, at::ArrayRef<double> a, const Tensor& h, const Tensor& x,
-                                          const Tensor& out, const Tensor& f, const Tensor& q) {
-  TORCH_CHECK_VALUE(a.size() == ks.size() + 1, "a: expected ", ks.size() + 1, " coefficients, one a slope and one for the new slope, got ",
-                    a.size(), ".");
+std::tuple<Tensor, Tensor> rk_drift_stage(const Tensor& y, at::TensorList ks, at::ArrayRef<double> a, const Tensor& h,
+                                          const Tensor& x, const Tensor& out, const Tensor& f, const Tensor& q) {
+  TORCH_CHECK_VALUE(a.size() == ks.size() + 1, "a: expected ", ks.size() + 1,
+                    " coefficients, one a slope and one for the new slope, got ", a.size(), ".");
   const DType dtype = dtype_of(y, "y");
   const Layout layout(y, "y", false);
   const Shape shape = shape_of(y, "y");
@@ -287,8 +315,10 @@ std::tuple<Tensor, Tensor> rk_drift_stage(const Tensor& y, at::TensorList ks, at
   return {layout.result(k_new), layout.result(next)};
 }
 
-Tensor rk_error(const Tensor& y0, const Tensor& y1, at::TensorList ks, at::ArrayRef<double> e, const Tensor& h, double rtol, double atol) {
-  TORCH_CHECK_VALUE(e.size() == ks.size(), "e: expected ", ks.size(), " coefficients, one a slope, got ", e.size(), ".");
+Tensor rk_error(const Tensor& y0, const Tensor& y1, at::TensorList ks, at::ArrayRef<double> e, const Tensor& h,
+                double rtol, double atol) {
+  TORCH_CHECK_VALUE(e.size() == ks.size(), "e: expected ", ks.size(), " coefficients, one a slope, got ", e.size(),
+                    ".");
   const DType dtype = dtype_of(y0, "y0");
   const Layout layout(y0, "y0", false);
   const Shape shape = shape_of(y0, "y0");
@@ -313,25 +343,29 @@ Tensor rk_error(const Tensor& y0, const Tensor& y1, at::TensorList ks, at::Array
 }
 
 Tensor rk_control(const Tensor& norm, const Tensor& h, const Tensor& after_rejection, double exponent) {
-  TORCH_CHECK_VALUE(norm.dim() == 1 && norm.scalar_type() == at::kDouble && h.sizes() == norm.sizes() && h.scalar_type() == at::kDouble &&
-                        after_rejection.sizes() == norm.sizes() && after_rejection.scalar_type() == at::kBool,
-                    "norm, h, after_rejection: expected float64, float64 and bool tensors of one shape (R,), got ", norm.scalar_type(), " ",
-                    norm.sizes(), ", ", h.scalar_type(), " ", h.sizes(), ", ", after_rejection.scalar_type(), " ", after_rejection.sizes(), ".");
+  TORCH_CHECK_VALUE(norm.dim() == 1 && norm.scalar_type() == at::kDouble && h.sizes() == norm.sizes() &&
+                        h.scalar_type() == at::kDouble && after_rejection.sizes() == norm.sizes() &&
+                        after_rejection.scalar_type() == at::kBool,
+                    "norm, h, after_rejection: expected float64, float64 and bool tensors of one shape (R,), got ",
+                    norm.scalar_type(), " ", norm.sizes(), ", ", h.scalar_type(), " ", h.sizes(), ", ",
+                    after_rejection.scalar_type(), " ", after_rejection.sizes(), ".");
   const int64_t rows = norm.size(0);
   const Tensor norms = norm.contiguous(), hs = h.contiguous(), rejected = after_rejection.contiguous();
   const Tensor result = at::empty({2, rows}, norm.options());
-  control_steps(rows, norms.const_data_ptr<double>(), hs.const_data_ptr<double>(), rejected.const_data_ptr<bool>(), exponent,
-                result.mutable_data_ptr<double>(), result.mutable_data_ptr<double>() + rows);
+  control_steps(rows, norms.const_data_ptr<double>(), hs.const_data_ptr<double>(), rejected.const_data_ptr<bool>(),
+                exponent, result.mutable_data_ptr<double>(), result.mutable_data_ptr<double>() + rows);
   return result;
 }
 
-// ---- noise ------------------------------------------------------------------------------------------------------------------------
+// ---- noise ----
 
-Tensor run_noise(const Tensor& key, const OptTensor& ids, int64_t draw, at::IntArrayRef size, Law law, uint64_t high, at::ScalarType dtype) {
+Tensor run_noise(const Tensor& key, const OptTensor& ids, int64_t draw, at::IntArrayRef size, Law law, uint64_t high,
+                 at::ScalarType dtype) {
   const Tensor values = at::empty(size, key.options().dtype(dtype));
   const Shape shape = shape_of(values, "size");
   const NoiseInput noise(key, ids, draw, shape, key.device());
-  if (values.numel() > 0) run(cpu_kernels().noise, NoiseArgs{shape.rows, shape.cols, noise.noise, law, high, values.mutable_data_ptr()});
+  if (values.numel() > 0)
+    run(cpu_kernels().noise, NoiseArgs{shape.rows, shape.cols, noise.noise, law, high, values.mutable_data_ptr()});
   return values;
 }
 
@@ -352,13 +386,18 @@ Tensor noise_integers(const Tensor& key, const OptTensor& ids, int64_t draw, at:
 
 TORCH_LIBRARY(scoresde_ext, m) {
   m.def("affine(Tensor x, Tensor? out, Tensor p, Tensor? q) -> Tensor");
-  m.def("affine_noise(Tensor x, Tensor? out, Tensor p, Tensor? q, Tensor n, Tensor? z, Tensor? key, Tensor? ids, int draw) -> (Tensor, Tensor)");
+  m.def(
+      "affine_noise(Tensor x, Tensor? out, Tensor p, Tensor? q, Tensor n, Tensor? z, Tensor? key, Tensor? ids, int "
+      "draw) -> (Tensor, Tensor)");
   m.def("perturb(Tensor x, Tensor m, Tensor s, Tensor? z, Tensor? key, Tensor? ids, int draw) -> Tensor");
   m.def(
-      "score_loss(Tensor out, Tensor? c, Tensor? d, Tensor w, Tensor? z, Tensor? key, Tensor? ids, int draw, bool with_grad) "
+      "score_loss(Tensor out, Tensor? c, Tensor? d, Tensor w, Tensor? z, Tensor? key, Tensor? ids, int draw, bool "
+      "with_grad) "
       "-> (Tensor, Tensor)");
   m.def("rk_stage(Tensor y, Tensor[] ks, float[] a, Tensor h) -> Tensor");
-  m.def("rk_drift_stage(Tensor y, Tensor[] ks, float[] a, Tensor h, Tensor x, Tensor out, Tensor f, Tensor q) -> (Tensor, Tensor)");
+  m.def(
+      "rk_drift_stage(Tensor y, Tensor[] ks, float[] a, Tensor h, Tensor x, Tensor out, Tensor f, Tensor q) -> "
+      "(Tensor, Tensor)");
   m.def("rk_error(Tensor y0, Tensor y1, Tensor[] ks, float[] e, Tensor h, float rtol, float atol) -> Tensor");
   m.def("rk_control(Tensor norm, Tensor h, Tensor after_rejection, float exponent) -> Tensor");
   m.def("noise_normal(Tensor key, Tensor? ids, int draw, SymInt[] size) -> Tensor");

@@ -7,6 +7,7 @@ the same weights.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -59,7 +60,8 @@ def train(sde_name: str, steps: int, seed: int) -> tuple[DigitsNetwork, float]:
             if state["step"] % REPORT_EVERY == 0 or state["step"] == steps:
                 tested = test_loss()
                 trained = torch.stack(recent).mean().item()
-                tqdm.write(f"step {state['step']}: loss {trained:.4f}, on the test digits {tested:.4f}")
+                message = f"step {state['step']}: loss {trained:.4f}, on the test digits {tested:.4f}"
+                tqdm.write(message, file=sys.stderr)  # where the bar is, and not held back when it goes to a file
                 recent.clear()
     state["ema"].copy_to(network.parameters())
     return network, tested

@@ -53,10 +53,13 @@ class ExponentialMovingAverage:
 
     @torch.no_grad()
     def restore(self, parameters: Iterable[Parameter]) -> None:
-        """Writes the stored copies back: evaluate with the averages between :meth:`store` and this, training is not disturbed."""
+        """Writes the stored copies back: evaluate with the averages between :meth:`store` and this, training is not
+        disturbed."""
         parameters = list(parameters)
         if len(parameters) != len(self.collected_params):
-            raise ValueError(f"parameters: expected the {len(self.collected_params)} that were stored, got {len(parameters)}.")
+            raise ValueError(
+                f"parameters: expected the {len(self.collected_params)} that were stored, got {len(parameters)}."
+            )
         for stored, p in zip(self.collected_params, parameters, strict=True):
             p.copy_(stored)
 
@@ -72,8 +75,8 @@ class ExponentialMovingAverage:
         loaded = state_dict["shadow_params"]
         if [p.shape for p in loaded] != [p.shape for p in self.shadow_params]:
             raise ValueError(
-                f"shadow_params: expected {len(self.shadow_params)} tensors of the shapes of this model's parameters, got {len(loaded)} "
-                "that do not fit. The checkpoint belongs to another model."
+                f"shadow_params: expected {len(self.shadow_params)} tensors of the shapes of this model's parameters, "
+                f"got {len(loaded)} that do not fit. The checkpoint belongs to another model."
             )
         self.decay, self.num_updates = state_dict["decay"], state_dict["num_updates"]
         self.shadow_params = [
@@ -83,7 +86,9 @@ class ExponentialMovingAverage:
     def _matching(self, parameters: Iterable[Parameter]) -> list[Parameter]:
         trained = _trained(parameters)
         if len(trained) != len(self.shadow_params):
-            raise ValueError(f"parameters: expected the {len(self.shadow_params)} trained ones of the model, got {len(trained)}.")
+            raise ValueError(
+                f"parameters: expected the {len(self.shadow_params)} trained ones of the model, got {len(trained)}."
+            )
         return trained
 
 

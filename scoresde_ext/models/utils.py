@@ -41,7 +41,8 @@ def get_model(name: str) -> type:
 
 
 def get_sigmas(config: Any) -> np.ndarray:
-    """The noise levels of SMLD, largest first: geometric from ``model.sigma_max`` to ``model.sigma_min`` in ``model.num_scales``."""
+    """The noise levels of SMLD, largest first: geometric from ``model.sigma_max`` to ``model.sigma_min`` in
+    ``model.num_scales``."""
     model = config.model
     return np.exp(np.linspace(np.log(model.sigma_max), np.log(model.sigma_min), model.num_scales))
 
@@ -50,7 +51,10 @@ def get_ddpm_params(config: Any) -> dict[str, Any]:
     """The tables of DDPM for ``model.{beta_min, beta_max, num_scales}`` (Ho et al. 2020), as float64 arrays."""
     steps = 1000
     # Upstream's scale: betas are those of 1000 steps whatever num_scales says.
-    beta_min, beta_max = config.model.beta_min / config.model.num_scales, config.model.beta_max / config.model.num_scales
+    beta_min, beta_max = (
+        config.model.beta_min / config.model.num_scales,
+        config.model.beta_max / config.model.num_scales,
+    )
     betas = np.linspace(beta_min, beta_max, steps, dtype=np.float64)
     alphas = 1.0 - betas
     alphas_cumprod = np.cumprod(alphas, axis=0)
@@ -73,13 +77,15 @@ def create_model(config: Any) -> nn.Module:
 
 
 def set_mode(model: Network, train: bool) -> None:
-    """Training or evaluation mode for the whole network. Called once a run: the walk over all modules costs milliseconds."""
+    """Training or evaluation mode for the whole network. Called once a run: the walk over all modules costs
+    milliseconds."""
     if isinstance(model, nn.Module):
         model.train(train)
 
 
 def ensure_mode(model: Network, train: bool) -> None:
-    """Like :func:`set_mode`, but only where the network is in the other mode: for what is called every training step."""
+    """Like :func:`set_mode`, but only where the network is in the other mode: for what is called every training
+    step."""
     if isinstance(model, nn.Module) and model.training != train:
         model.train(train)
 
@@ -117,7 +123,8 @@ class _Network:
 class ScoreFunction:
     """``score(x, t) = k(t) out`` with ``out = network(x, labels(t))``.
 
-    Called, it returns the score, shape ``(B, *)``, at states ``x`` and times ``t`` ``(B,)``. :meth:`terms` leaves the product to the kernels.
+    Called, it returns the score, shape ``(B, *)``, at states ``x`` and times ``t`` ``(B,)``. :meth:`terms` leaves the
+    product to the kernels.
     """
 
     def __init__(
@@ -138,9 +145,9 @@ class ScoreFunction:
 def get_score_fn(sde: sde_lib.SDE, model: Network, train: bool = False, continuous: bool = False) -> ScoreFunction:
     """The score function of a network for ``sde``. Sets the network's mode once, now.
 
-    The network's labels and the score's coefficient are upstream's: VP and sub-VP label 999 t and score = -out / std; VP trained on discrete
-    steps label t (N - 1) and the discrete std; VE label sigma(t), or the index from the largest sigma down, and score = out. For a user's own
-    SDE the network is taken to return the score at label t.
+    The network's labels and the score's coefficient are upstream's: VP and sub-VP label 999 t and score = -out / std;
+    VP trained on discrete steps label t (N - 1) and the discrete std; VE label sigma(t), or the index from the largest
+    sigma down, and score = out. For a user's own SDE the network is taken to return the score at label t.
 
     Args:
         sde: VPSDE, subVPSDE, VESDE or the user's own.

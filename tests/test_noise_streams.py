@@ -1,0 +1,280 @@
+"""The counter-based noise: which numbers, from which streams, the same however they are computed, and random."""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from op_table import NOISE, OPS, Arguments, arguments, check
+from scipy import stats
+from torch import Tensor
+
+from scoresde_ext import noise, ops, reference
+
+KEY = torch.tensor([0x0123456789ABCDEF, 3])
+LAWS = {
+    "normal": lambda f, *a: f.noise_normal(*a),
+    "uniform": lambda f, *a: f.noise_uniform(*a),
+    "integers": lambda f, *a: f.noise_integers(*a, 1000),
+}
+every_law = pytest.mark.parametrize("law", LAWS.values(), ids=LAWS.keys())
+
+
+# --- which numbers ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "words"),
+    [
+        ((0,) * 4, (0,) * 2, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ],
+    ids=["zeros", "ones", "pi"],
+)
+def test_known_answers(counter: tuple[int, ...], key: tuple[int, int], words: tuple[int, ...]) -> None:
+    """Philox4x32-10 as published with Random123. In the kernels, where the counter can be reached through the arguments."""
+    assert tuple(int(w) for w in reference.philox([torch.tensor([c]) for c in counter], key)) == words
+    block, draw, id_low, id_high = counter
+    if block == 0:  # the first block of a stream; integers below 2^32 are the words themselves
+        seed, ids = key[0] + (key[1] << 32), torch.tensor([id_low + (id_high << 32)])
+        assert ops.noise_integers(torch.tensor([seed, draw]), ids, 0, (1, 4), 2**32).tolist() == [list(words)]
+
+
+@pytest.mark.parametrize("ids", [None, [0, 5, -1, 2**62, -(2**63)]], ids=["numbers", "ids"])
+@pytest.mark.parametrize("key", [(0, 0), (-1, 2**32 - 2), (2**63 - 1, 2**61), (-(2**63), 7)], ids=str)
+def test_words_are_the_references(key: tuple[int, int], ids: list[int] | None) -> None:
+    """Every argument counts with all its bits: seed and id with 64, the number of the draw with 32."""
+    keys, streams = torch.tensor(key), None if ids is None else torch.tensor(ids)
+    for draw in (0, 1, 5, 2**33 + 1):
+        for size in ((5, 9), (5,), (5, 2, 1027)):
+            for high in (1, 2, 3, 1000, 2**31 + 1, 2**32):
+                got = ops.noise_integers(keys, streams, draw, size, high)
+                assert got.dtype == torch.int64 and got.shape == size
+                assert torch.equal(got, reference.noise_integers(keys, streams, draw, size, high))
+            uniform = ops.noise_uniform(keys, streams, draw, size)
+            assert uniform.dtype == torch.float32
+            assert torch.equal(uniform, reference.noise_uniform(keys, streams, draw, size))
+
+
+def float_number(x: Tensor) -> Tensor:
+    """Which float32 it is, counted through zero: neighbours differ by 1."""
+    bits = x.view(torch.int32).long()
+    return torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
+
+
+def test_normals_are_the_references_within_4_ulp() -> None:
+    """log, sqrt, sin, cos and a product of them, each within an ulp or so: 2 ulp in 99.92 % of 50 million, never over 4."""
+    size = (16, 2**17)
+    exact = reference.noise_normal(KEY, None, 0, size)
+    off = (float_number(ops.noise_normal(KEY, None, 0, size)) - float_number(exact)).abs()
+    assert off.max() <= 4
+    assert (off > 2).float().mean() < 0.002
+    tail = exact.abs() > 4
+    assert tail.sum() > 50 and off[tail].max() <= 4
+
+
+def test_no_word_makes_an_odd_number() -> None:
+    """The extremes of the words, found by search over blocks: largest radius, zero radius, every quadrant."""
+    size = (64, 2**16)
+    words = reference.noise_integers(KEY, None, 0, size, 2**32).view(-1, 2)
+    z = ops.noise_normal(KEY, None, 0, size)
+    assert z.isfinite().all()
+    # sqrt(-2 ln 2^-33) = 6.76 is the largest number there can be.
+    assert z.abs().max() < 6.77
+    radius = z.view(-1, 2).double().square().sum(1).sqrt()
+    right = (-2 * ((words[:, 0].double() + 0.5) / 2**32).float().double().log()).sqrt()
+    torch.testing.assert_close(radius, right, rtol=5e-7, atol=0)
+    angle = torch.atan2(z.view(-1, 2)[:, 1].double(), z.view(-1, 2)[:, 0].double()) / (2 * math.pi) % 1
+    known = radius > 0
+    difference = (angle - words[:, 1] / 2**32 + 0.5)[known] % 1 - 0.5
+    assert difference.abs().max() < 1e-7
+
+
+# --- independent of how they are computed -----------------------------------------------------------------------------
+
+
+@every_law
+@pytest.mark.parametrize("shape", [(), (3,), (4, 2), (1023,), (1024,), (1026,), (3, 700)], ids=str)
+def test_a_stream_does_not_depend_on_its_batch(law: Any, shape: tuple[int, ...]) -> None:
+    ids = torch.tensor([7, 0, 2**40, -3, 12])
+    batch = law(ops, KEY, ids, 2, (5, *shape))
+    for i in range(5):
+        assert torch.equal(law(ops, KEY, ids[i : i + 1], 2, (1, *shape))[0], batch[i])
+    order = torch.tensor([3, 3, 0, 4])
+    assert torch.equal(law(ops, KEY, ids[order], 2, (4, *shape)), batch[order])
+    assert torch.equal(law(ops, KEY, torch.arange(5), 2, (5, *shape)), law(ops, KEY, None, 2, (5, *shape)))
+    # The key says where the draws begin.
+    assert torch.equal(law(ops, KEY + torch.tensor([0, 2]), ids, 0, (5, *shape)), batch)
+    assert not torch.equal(law(ops, KEY + torch.tensor([1, 0]), ids, 2, (5, *shape)), batch)
+
+
+@every_law
+def test_a_sample_is_numbered_in_logical_order(law: Any) -> None:
+    """Its shape does not count, and a longer sample begins like a shorter one."""
+    flat = law(ops, KEY, None, 0, (3, 24))
+    assert torch.equal(law(ops, KEY, None, 0, (3, 2, 3, 4)).view(3, 24), flat)
+    assert torch.equal(law(ops, KEY, None, 0, (3, 2000))[:, :24], flat)
+
+
+def test_memory_format_does_not_change_the_noise() -> None:
+    x = torch.randn(2, 3, 4, 4)
+    draw = ops.Draw(key=KEY)
+    plain = ops.perturb(x, 1.0, 1.0, draw)
+    assert torch.equal(ops.perturb(x.to(memory_format=torch.channels_last), 1.0, 1.0, draw), plain)
+    assert torch.equal(ops.perturb(x.transpose(0, 1).contiguous().transpose(0, 1), 1.0, 1.0, draw), plain)
+
+
+def table_of_results() -> dict[str, list[Tensor]]:
+    """Every op on seeded arguments, several tiles a thread: results only a fixed order of sums can repeat."""
+    torch.manual_seed(1)
+    results = {}
+    for name, op in OPS.items():
+        for shape in ((8, 9001), (3000, 5), (130, 3, 17)):
+            for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+                for source in NOISE[::2] if op.noise else ("array",):
+                    results[f"{name} {shape} {dtype} {source}"] = list(
+                        op.call(ops, arguments(op, shape, dtype, "per sample", source))
+                    )
+    for name, law in LAWS.items():
+        results[name] = [law(ops, KEY, None, 0, (9, 40_001)), law(ops, KEY, None, 1, (5000, 7))]
+    return results
+
+
+def bits(results: dict[str, list[Tensor]]) -> dict[str, list[bytes]]:
+    return {name: [r.contiguous().view(-1).view(torch.uint8).numpy().tobytes() for r in rs] for name, rs in results.items()}
+
+
+def test_number_of_threads_does_not_matter() -> None:
+    torch.set_num_threads(1)
+    alone = bits(table_of_results())
+    for threads in (2, 3):
+        torch.set_num_threads(threads)
+        together = bits(table_of_results())
+        assert [name for name in alone if alone[name] != together[name]] == []
+
+
+SAVE_RESULTS = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+torch.set_num_threads(1)
+from scoresde_ext import _C
+from test_noise_streams import table_of_results
+torch.save({"set": _C.build_info()["cpu_capability"], "results": table_of_results()}, sys.argv[2])
+"""
+
+
+def test_instruction_sets_agree(tmp_path: Path) -> None:
+    """AVX2 and AVX-512 bit for bit: both have fused multiply-add. The generic set rounds every product, so it is checked
+    against the reference, and is known by results that differ in the last bits."""
+    saved, sets = {}, {}
+    for name in ("generic", "avx2", "avx512"):
+        path = tmp_path / name
+        environment = os.environ | {"SCORESDE_EXT_CPU": name, "PYTHONPATH": os.pathsep.join(sys.path)}
+        subprocess.run(
+            [sys.executable, "-c", SAVE_RESULTS, str(Path(__file__).parent), str(path)], check=True, env=environment
+        )
+        loaded = torch.load(path)
+        sets[name], saved[name] = loaded["set"], loaded["results"]
+    assert sets["generic"] == "generic"
+    if sets["avx2"] != "avx2":
+        pytest.skip("a processor without AVX2")
+    assert bits(saved["avx2"]) == bits(saved["avx512"])
+    assert bits(saved["avx2"]) != bits(saved["generic"])
+
+    for law in ("uniform", "integers"):
+        assert bits({law: saved["generic"][law]}) == bits({law: saved["avx2"][law]})
+    for one, other in zip(saved["generic"]["normal"], saved["avx2"]["normal"], strict=True):
+        assert (float_number(one) - float_number(other)).abs().max() <= 8  # 4 ulp from the reference, each
+    torch.manual_seed(1)
+    for name, op in OPS.items():
+        for shape in ((8, 9001), (3000, 5), (130, 3, 17)):
+            for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+                for source in NOISE[::2] if op.noise else ("array",):
+                    v: Arguments = arguments(op, shape, dtype, "per sample", source)
+                    if source == "array":
+                        check(op, v, tuple(saved["generic"][f"{name} {shape} {dtype} {source}"]))
+
+
+# --- random -----------------------------------------------------------------------------------------------------------
+
+# A fixed key, so that a test passes always or never; the bounds are at five standard deviations or a p-value of 1e-6.
+
+
+def test_normal_distribution() -> None:
+    z = ops.noise_normal(KEY, None, 0, (256, 8192)).flatten().double()
+    n = len(z)
+    assert abs(z.mean()) < 5 / math.sqrt(n)
+    assert abs(z.square().mean() - 1) < 5 * math.sqrt(2 / n)
+    assert abs((z**3).mean()) < 5 * math.sqrt(15 / n)
+    assert abs((z**4).mean() - 3) < 5 * math.sqrt(96 / n)
+    assert stats.kstest(z.numpy(), "norm").pvalue > 1e-6
+    for bound in (2.0, 3.0, 4.0, 4.5):
+        for tail in (z > bound, z < -bound):
+            mean = n * stats.norm.sf(bound)
+            assert abs(tail.sum() - mean) < 5 * math.sqrt(mean), bound
+    assert 4.9 < z.abs().max() < 6.77
+
+
+def test_uniform_distribution() -> None:
+    u = ops.noise_uniform(KEY, None, 0, (256, 8192)).flatten()
+    assert u.min() >= 0 and u.max() < 1
+    assert (u * 2**24 == (u * 2**24).round()).all()
+    assert stats.kstest(u.double().numpy(), "uniform").pvalue > 1e-6
+    counts = torch.bincount((u * 4096).long(), minlength=4096)
+    assert stats.chisquare(counts.numpy()).pvalue > 1e-6
+
+
+@pytest.mark.parametrize("high", [1, 2, 7, 1000, 3 * 2**30, 2**32])
+def test_integer_distribution(high: int) -> None:
+    values = ops.noise_integers(KEY, None, 0, (64, 8192), high)
+    assert values.min() >= 0 and values.max() < high
+    bins = min(high, 1000)
+    counts = torch.bincount((values * bins // high).flatten(), minlength=bins)
+    # Not all bins hold the same number of integers where bins does not divide high
+    edges = [-(-i * high // bins) for i in range(bins + 1)]
+    right = torch.tensor([b - a for a, b in zip(edges, edges[1:], strict=False)]).double() * values.numel() / high
+    assert bins == 1 or stats.chisquare(counts.numpy(), right.numpy()).pvalue > 1e-6
+
+
+def test_neighbours_are_not_correlated() -> None:
+    """Elements of a sample, samples, draws and seeds: also their squares, since neighbours share a radius."""
+    n = 2**18
+    z = torch.stack([ops.noise_normal(KEY, None, draw, (8, n // 8)) for draw in range(3)]).double()
+    other_seed = ops.noise_normal(KEY + torch.tensor([1, 0]), None, 0, (8, n // 8)).double()
+    pairs = {f"elements {k} apart": (z[..., k:], z[..., :-k]) for k in (1, 2, 3, 4, 5, 8, 1024)}
+    pairs |= {f"samples {k} apart": (z[:, k:], z[:, :-k]) for k in (1, 2, 7)}
+    pairs |= {f"draws {k} apart": (z[k:], z[:-k]) for k in (1, 2)}
+    pairs |= {"seeds": (z[0], other_seed)}
+    for what, (a, b) in pairs.items():
+        for power in (1, 2):
+            x, y = a.flatten() ** power, b.flatten() ** power
+            correlation = torch.stack([x, y]).corrcoef()[0, 1]
+            assert abs(correlation) < 5 / math.sqrt(len(x)), (what, power)
+
+
+def test_sources_of_noise() -> None:
+    """Draws of noise.seeds and noise.run follow one another within one key."""
+    x = torch.zeros(3, 5)
+    ids = torch.tensor([4, 9, 1])
+    key = torch.tensor([77, 0])
+    with noise.seeds(77, ids):
+        first, u, labels, last = noise.normal(x), noise.uniform(x), noise.integers(10, x[:, 0]), noise.normal_tensor(x)
+    assert torch.equal(ops.materialize(first, x), ops.noise_normal(key, ids, 0, (3, 5)))
+    assert torch.equal(u, ops.noise_uniform(key, ids, 1, (3, 5)))
+    assert torch.equal(labels, ops.noise_integers(key, ids, 2, (3,), 10))
+    assert torch.equal(last, ops.noise_normal(key, ids, 3, (3, 5)))
+    torch.manual_seed(4)
+    with noise.run("cpu"):
+        first, second = noise.normal(x), noise.normal(x)
+    assert torch.equal(first.key, second.key) and (first.draw, second.draw) == (0, 1)
+    torch.manual_seed(4)
+    assert torch.equal(noise.normal(x).key, first.key)

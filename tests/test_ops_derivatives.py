@@ -1,0 +1,322 @@
+"""Derivatives of the ops, and what PyTorch asks of every operator: schema, fake implementation, tracing."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from op_table import COEFFICIENTS, OPS, Arguments, Op, arguments, compute_dtype
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+
+from scoresde_ext import ops, reference
+from scoresde_ext.ops import Draw
+
+KEY, IDS = torch.tensor([3, 5]), torch.tensor([4, 0, 2**40])
+SHAPE = (3, 2, 5)
+STREAM = Draw(key=KEY, ids=IDS, draw=2)
+
+
+def array(dtype: torch.dtype = torch.float64, grad: bool = True, shape: Sequence[int] = SHAPE) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_(grad)
+
+
+def column(dtype: torch.dtype = torch.float64, n: int = 3) -> Tensor:
+    return torch.randn(n, dtype=torch.float64).to(dtype)
+
+
+# --- opcheck ----------------------------------------------------------------------------------------------------------
+
+
+def samples() -> dict[str, list[tuple[Any, ...]]]:
+    """Arguments of each torch.ops.scoresde_ext operator: with and without noise, derivatives, optional arrays."""
+    f32, bf16 = torch.float32, torch.bfloat16
+    last = array(f32, False, (3, 2, 4, 4)).to(memory_format=torch.channels_last)
+    array_noise, stream = (array(f32, False), None, None, 0), (None, KEY, IDS, 2)
+
+    def slopes(n: int) -> list[Tensor]:
+        return [array(f32, False) for _ in range(n)]
+
+    return {
+        "affine": [
+            (array(), None, column(), None),
+            (array(f32), array(f32), column(f32), column(f32, 1)),
+            (last, last.contiguous(), column(f32), column(f32)),
+        ],
+        "affine_noise": [
+            (array(), array(), column(), column(), column(), array(), None, None, 0),
+            (array(bf16), None, column(f32), None, column(f32, 1), *stream),
+            (last, None, column(f32), None, column(f32), None, KEY, None, 0),
+        ],
+        "perturb": [
+            (array(f32, False), column(f32), column(f32, 1), *array_noise),
+            (array(), column(), column(), *stream),
+        ],
+        "score_loss": [
+            (array(), column(), column(), column(), array(grad=False), None, None, 0, True),
+            (array(bf16), column(f32), column(f32), column(f32, 1), *stream, True),
+            (array(f32, False), column(f32), None, column(f32, 1), None, None, None, 0, False),
+            (array(f32, False), None, column(f32), column(f32), *array_noise, False),
+        ],
+        "rk_stage": [(array(f32, False), slopes(2), [0.5, 0.0], column(f32)), (array(bf16, False), [], [], column(f32, 1))],
+        "rk_drift_stage": [
+            (array(f32, False), slopes(1), [0.5, 2.0], column(f32, 1), *slopes(2), column(f32), column(f32))
+        ],
+        "rk_error": [(array(f32, False), array(f32, False), slopes(2), [0.5, -1.0], column(f32, 1), 1e-3, 1e-3)],
+        "rk_control": [(column().abs(), column().abs(), torch.tensor([True, False, True]), -0.2)],
+        "noise_normal": [(KEY, None, 0, [3, 5]), (KEY, IDS, 1, [3])],
+        "noise_uniform": [(KEY, None, 0, [3, 5]), (KEY, IDS, 1, [3])],
+        "noise_integers": [(KEY, None, 0, [3, 5], 7), (KEY, IDS, 1, [3], 2**32)],
+    }  # fmt: skip
+
+
+SAMPLES = samples()
+
+
+def test_samples_cover_every_operator() -> None:
+    registered = {s.split("::")[1].split(".")[0] for s in torch._C._dispatch_get_all_op_names() if "scoresde_ext::" in s}
+    assert registered == set(SAMPLES)
+
+
+@pytest.mark.parametrize(("name", "number"), [(name, i) for name, these in SAMPLES.items() for i in range(len(these))])
+def test_opcheck(name: str, number: int) -> None:
+    torch.library.opcheck(getattr(torch.ops.scoresde_ext, name).default, SAMPLES[name][number])
+
+
+# --- first and second derivatives -------------------------------------------------------------------------------------
+
+# Functions of some arrays, to be differentiated with respect to each of them.
+FUNCTIONS: dict[str, tuple[int, Callable[..., Any]]] = {
+    "affine of x": (1, lambda x: ops.affine(x, None, C[0])),
+    "affine of x, out": (2, lambda x, out: ops.affine(x, out, C[0], C[1])),
+    "affine of out alone": (1, lambda out: ops.affine(A[0], out, C[0], 0.7)),
+    "affine_noise of x, z": (2, lambda x, z: ops.affine_noise(x, None, C[0], None, C[1], Draw(z=z))),
+    "affine_noise of x, out, z": (3, lambda x, out, z: ops.affine_noise(x, out, C[0], C[1], C[2], Draw(z=z))),
+    "affine_noise of x, stream": (1, lambda x: ops.affine_noise(x, A[0], C[0], C[1], C[2], STREAM)),
+    "mean alone": (2, lambda x, out: ops.affine_noise(x, out, C[0], C[1], C[2], STREAM)[0]),
+    "next alone": (2, lambda out, z: ops.affine_noise(A[0], out, C[0], C[1], 0.3, Draw(z=z))[1]),
+    "perturb of x0, z": (2, lambda x0, z: ops.perturb(x0, C[0], C[1], Draw(z=z))),
+    "perturb of z alone": (1, lambda z: ops.perturb(A[0], C[0], C[1], Draw(z=z))),
+    "perturb of x0, stream": (1, lambda x0: ops.perturb(x0, 0.7, C[1], STREAM)),
+    "score_loss": (1, lambda out: ops.score_loss(out, C[0], C[1], C[2], Draw(z=A[0]))),
+    "score_loss of stream": (1, lambda out: ops.score_loss(out, C[0], 0.7, C[2], STREAM)),
+    "score_loss without noise": (1, lambda out: ops.score_loss(out, C[0], None, 0.5)),
+    "score_loss summed": (1, lambda out: ops.score_loss(out, C[0], C[1], C[2], STREAM).sum()),
+    "score_loss, cubed": (1, lambda out: ops.score_loss(out, C[0], C[1], C[2], STREAM) ** 3),
+    "score_loss of out, z": (2, lambda out, z: ops.score_loss(out, C[0], C[1], C[2], Draw(z=z))),
+    "score_loss of a function": (1, lambda x: ops.score_loss(ops.affine(x, x.tanh(), 2.0, C[1]), C[0], 1.0, C[2], STREAM)),
+    "kept gradient": (
+        1, lambda out: torch.ops.scoresde_ext.score_loss(out, C[0], C[1], C[2], None, KEY, IDS, 2, True)
+    ),
+    # Coefficients that require gradients are answered by the reference.
+    "affine of coefficients": (3, lambda x, out, p: ops.affine(x, out, p[:, 0, 0], p[0, 0, :1])),
+    "affine_noise of coefficients": (
+        2, lambda p, z: ops.affine_noise(A[0], A[1], p[:, 0, 0], p[:, 0, 1], p[:, 1, 0], Draw(z=z))
+    ),
+    "perturb of coefficients": (2, lambda x0, m: ops.perturb(x0, m[:, 0, 0], m[:, 0, 1], STREAM)),
+    "score_loss of coefficients": (
+        2, lambda out, c: ops.score_loss(out, c[:, 0, 0], c[:, 0, 1], c[0, 0, 2:3], Draw(z=A[0]))
+    ),
+}  # fmt: skip
+torch.manual_seed(0)
+A = [array(grad=False) for _ in range(2)]
+C = [column() for _ in range(3)]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_derivatives(name: str) -> None:
+    count, function = FUNCTIONS[name]
+    inputs = tuple(array() for _ in range(count))
+    assert gradcheck(function, inputs)
+    assert gradgradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("layout", ["channels last", "transposed", "expanded"])
+def test_derivatives_of_other_layouts(layout: str) -> None:
+    def changed(x: Tensor) -> Tensor:
+        return {
+            "channels last": lambda: x.to(memory_format=torch.channels_last),
+            "transposed": lambda: x.transpose(1, 3).contiguous().transpose(1, 3),
+            "expanded": lambda: x[:, :, :1, :1].expand(x.shape),
+        }[layout]()
+
+    z = torch.randn(3, 2, 2, 2, dtype=torch.float64)
+
+    def function(x: Tensor, out: Tensor) -> tuple[Tensor, ...]:
+        x, out = changed(x), changed(out)
+        mean, after = ops.affine_noise(x, out, C[0], C[1], C[2], Draw(z=z))
+        return mean, ops.perturb(after, C[0], C[1], STREAM), ops.score_loss(out, C[0], C[1], C[2], Draw(z=z))
+
+    inputs = tuple(array(shape=(3, 2, 2, 2)) for _ in range(2))
+    assert gradcheck(function, inputs)
+    assert gradgradcheck(function, inputs)
+
+
+def weighted(results: tuple[Tensor, ...], weights: Sequence[Tensor]) -> Tensor:
+    return sum((r * w.to(r.dtype)).sum() for r, w in zip(results, weights, strict=True))
+
+
+def gradients(op: Op, f: Any, v: Arguments, names: Sequence[str], weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    leaves = {n: v[n].detach().requires_grad_() for n in names if n in v}
+    if "z" in names:
+        leaves["z"] = v["draw"].z.detach().requires_grad_()
+    changed = v | {n: leaf for n, leaf in leaves.items() if n != "z"}
+    if "z" in leaves:
+        changed["draw"] = Draw(z=leaves["z"])
+    return torch.autograd.grad(weighted(op.call(f, changed), weights), list(leaves.values()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["affine", "affine_noise", "perturb", "score_loss"])
+def test_gradients_in_lower_precision(name: str, dtype: torch.dtype) -> None:
+    """Upstream gradients that differ from element to element, in another layout than the inputs."""
+    op, shape = OPS[name], (4, 3, 5, 5)
+    names = [n for n in (*op.arrays, *(["z"] if name in ("affine_noise", "perturb") else []))]
+    for coefficients in COEFFICIENTS:
+        v = arguments(op, shape, dtype, coefficients)
+        v[op.arrays[0]] = v[op.arrays[0]].to(memory_format=torch.channels_last)
+        # Powers of two: the products with upstream's gradients are then exact
+        weights = [
+            (2.0 ** torch.randint(-2, 3, shape[: 1 if is_sum else None])).to(compute_dtype(dtype)) for is_sum in op.sums
+        ]
+        double = {n: (c.double() if isinstance(c, Tensor) else c) for n, c in v.items() if n != "draw"}
+        if op.noise:
+            double["draw"] = Draw(z=v["draw"].z.double())
+        right = gradients(op, reference, double, names, [w.double() for w in weights])
+        got = gradients(op, ops, v, names, weights)
+        # Roundings: of float32 terms, which may cancel; then two to the storage type.
+        single, stored = torch.finfo(torch.float32), torch.finfo(dtype)
+        for g, exact in zip(got, right, strict=True):
+            assert g.dtype == dtype
+            tolerance = 8 * single.eps * exact.abs().max() + stored.eps * (exact.abs() + stored.smallest_normal)
+            assert ((g.double() - exact).abs() <= tolerance).all()
+
+
+def loss_of(out: Tensor) -> Tensor:
+    return ops.score_loss(out, 2.0, -1.0, 0.5, Draw(z=torch.ones_like(out))).sum()
+
+
+def right_gradient(out: Tensor) -> Tensor:
+    return 2 * 0.5 * 2 * (2 * out.detach() - 1)
+
+
+@pytest.mark.parametrize("what", ["kept", "zeroed", "cleared", "scaled"])
+def test_backward_again(what: str) -> None:
+    """The gradient that the forward pass kept is not changed by what is done with the gradient handed out."""
+    out = torch.randn(3, 4, requires_grad=True)
+    loss = loss_of(out)
+    total = torch.zeros_like(out)
+    for _ in range(3):
+        loss.backward(retain_graph=True)
+        total = total + right_gradient(out) if what == "kept" else right_gradient(out)
+        torch.testing.assert_close(out.grad, total)
+        if what == "zeroed":
+            out.grad.zero_()
+        elif what == "cleared":
+            out.grad = None
+        elif what == "scaled":
+            out.grad.mul_(3)
+            out.grad = None
+
+
+def test_gradient_asked_for_again() -> None:
+    out = torch.randn(3, 4, requires_grad=True)
+    loss = loss_of(out)
+    for _ in range(3):
+        (gradient,) = torch.autograd.grad(loss, out, retain_graph=True)
+        torch.testing.assert_close(gradient, right_gradient(out))
+        gradient.fill_(7)
+
+
+def test_gradients_of_two_losses_add_up() -> None:
+    """Accumulation over micro-batches, and one output in two losses of one graph."""
+    parameter = torch.randn(3, 4, requires_grad=True)
+    for _ in range(3):
+        loss_of(parameter).backward()
+    torch.testing.assert_close(parameter.grad, 3 * right_gradient(parameter))
+    parameter.grad = None
+    out = 2 * parameter
+    (loss_of(out) + 3 * loss_of(out)).backward()
+    torch.testing.assert_close(parameter.grad, 2 * 4 * right_gradient(out))
+
+
+def test_graph_is_freed_and_used_once() -> None:
+    out = torch.randn(3, 4, requires_grad=True)
+    loss = loss_of(out)
+    loss.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("scale", [2.0**16, -0.5, 0.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_scaled_loss(dtype: torch.dtype, scale: float) -> None:
+    """A gradient scaler multiplies the loss, and divides the gradient later."""
+    out = (torch.randint(-8, 8, (3, 4)) / 64).to(dtype).requires_grad_()
+    (loss_of(out) * scale).backward()
+    assert torch.equal(out.grad, (scale * right_gradient(out).double()).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_scaling_saves_small_gradients(dtype: torch.dtype) -> None:
+    """A mean over 2^24 elements makes gradients that float16 cannot hold. That is what scalers are for: the gradient is
+    rounded to half precision after it was scaled."""
+    out = torch.randn(3, 64, dtype=dtype, requires_grad=True)
+    z = torch.randn(3, 64, dtype=dtype)
+    (ops.score_loss(out, 1.0, -1.0, 2.0**-24, Draw(z=z)).sum() * 2.0**24).backward()
+    right = 2 * (out.detach().double() - z.double())
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(out.grad.double(), right, rtol=2 * eps, atol=2 * eps)
+
+
+def test_gradient_with_one_weight_a_sample() -> None:
+    out = torch.randn(3, 4, requires_grad=True)
+    losses = ops.score_loss(out, 2.0, -1.0, 0.5, Draw(z=torch.ones_like(out)))
+    weights = torch.tensor([1.0, 0.0, 1.0])
+    (losses * weights).sum().backward()
+    torch.testing.assert_close(out.grad, right_gradient(out) * weights[:, None])
+
+
+def test_create_graph() -> None:
+    """Gradient penalties: the gradient of the loss is itself differentiated. d(2 w c r)/d out = 2 w c^2."""
+    out = array()
+    (gradient,) = torch.autograd.grad(loss_of(out), out, create_graph=True)
+    (second,) = torch.autograd.grad(gradient.square().sum(), out, create_graph=True)
+    torch.testing.assert_close(second, 2 * right_gradient(out) * 2 * 0.5 * 2**2)
+    (third,) = torch.autograd.grad(second.sum(), out)
+    torch.testing.assert_close(third, torch.full_like(out, 2 * 4.0**2))
+
+
+@pytest.mark.parametrize("grad_mode", ["no_grad", "inference_mode", "detached"])
+def test_nothing_is_recorded_where_nothing_is_asked(grad_mode: str) -> None:
+    x = torch.randn(3, 4, requires_grad=grad_mode != "detached")
+    p = torch.randn(3, requires_grad=grad_mode != "detached")
+    draw = Draw(key=KEY)
+    with {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode, "detached": torch.enable_grad}[grad_mode]():
+        results = [ops.affine(x, None, p), *ops.affine_noise(x, x, p, p, p, draw), ops.perturb(x, p, p, draw)]
+        results += [ops.score_loss(x, p, p, p, draw)]
+    assert not any(r.requires_grad for r in results)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["affine", "affine_noise", "perturb", "score_loss"])
+def test_coefficients_that_require_gradients_change_nothing_else(name: str, dtype: torch.dtype) -> None:
+    """Answered by the reference: with the dtypes, the rounding and the strides of the kernels."""
+    op = OPS[name]
+    for noise in ("array", "key and ids") if op.noise else ("array",):
+        v = arguments(op, (3, 2, 4, 4), dtype, "per sample", noise)
+        v[op.arrays[0]] = v[op.arrays[0]].to(memory_format=torch.channels_last)
+        learned = {n: v[n].detach().requires_grad_() for n in op.coefficients}
+        for kernel, plain in zip(op.call(ops, v), op.call(ops, v | learned), strict=True):
+            assert plain.dtype == kernel.dtype and plain.stride() == kernel.stride()
+            # Plain torch rounds every product to the storage type.
+            eps = torch.finfo(dtype).eps
+            torch.testing.assert_close(plain.detach(), kernel, rtol=8 * eps, atol=8 * eps)
+
+
+def test_missing_gradient_is_an_error() -> None:
+    """The raw operator without with_grad has no gradient to give, and says so."""
+    out = torch.randn(3, 4, requires_grad=True)
+    loss, _ = torch.ops.scoresde_ext.score_loss(out, torch.ones(1), None, torch.ones(1), None, None, None, 0, False)
+    with pytest.raises(RuntimeError, match="with_grad"):
+        loss.sum().backward()

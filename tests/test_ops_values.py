@@ -1,0 +1,322 @@
+"""The kernels against their meaning in plain torch: values, types, layouts, NaN, long rows."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from op_table import COEFFICIENTS, DTYPES, NOISE, OPS, Arguments, Op, arguments, check, compute_dtype, expected
+from torch import Tensor
+
+from scoresde_ext import ops, reference
+from scoresde_ext.ops import Draw
+
+every_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS.keys())
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+
+# A tile has 1024 elements; a Philox block 4; rows of up to 1024 elements, rounded up to blocks, share a tile.
+SHAPES = [
+    (0,), (1,), (7,), (1025,), (3, 0), (0, 5), (1025, 0), (1, 1), (5, 17),
+    (255, 3), (256, 4), (257, 4), (129, 5), (4096, 2),
+    (3, 511), (2, 512), (5, 513), (3, 1023), (2, 1024), (2, 1025), (2, 1028), (1, 2049),
+    (2, 3, 5, 7), (2, 3, 8, 8), (2, 3, 2, 2, 2, 3), (2, 3, 0, 2),
+]  # fmt: skip
+
+
+def noises(op: Op) -> tuple[str, ...]:
+    return NOISE if op.noise else ("array",)
+
+
+def storages(v: Arguments) -> dict[str, Tensor]:
+    """A copy of all the memory behind the tensors, what lies between and beside their elements included."""
+    tensors = {n: t for n, t in v.items() if isinstance(t, Tensor)}
+    if "draw" in v:
+        tensors |= {f"draw.{n}": t for n, t in v["draw"]._asdict().items() if isinstance(t, Tensor)}
+    bytes_of = {n: torch.tensor([], dtype=torch.uint8).set_(t.untyped_storage()) for n, t in tensors.items()}
+    return {n: b.clone() for n, b in bytes_of.items()}
+
+
+def run_checked(op: Op, v: Arguments) -> tuple[Tensor, ...]:
+    before = storages(v)
+    results = op.call(ops, v)
+    after = storages(v)
+    assert all(torch.equal(before[n], after[n]) for n in before)
+    check(op, v, results)
+    return results
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@every_dtype
+@every_op
+def test_values(op: Op, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    for coefficients in COEFFICIENTS:
+        for noise in noises(op):
+            run_checked(op, arguments(op, shape, dtype, coefficients, noise))
+
+
+@every_dtype
+@every_op
+def test_coefficients_of_other_precision(op: Op, dtype: torch.dtype) -> None:
+    """They are brought to the type the arrays are computed in."""
+    v = arguments(op, (5, 17), dtype)
+    for other in (torch.float64, torch.bfloat16):
+        rounded = {n: v[n].to(other) for n in op.coefficients}
+        run_checked(op, v | rounded)
+
+
+@every_op
+def test_arrays_of_other_precision(op: Op) -> None:
+    """Network output and noise in half precision, as autocast makes them, go with a float32 state."""
+    v = arguments(op, (5, 17), torch.float32)
+    changed: Arguments = {"out": v["out"].bfloat16()} if "out" in op.arrays[1:] else {}
+    if op.noise:
+        changed["draw"] = Draw(z=v["draw"].z.half())
+    run_checked(op, v | changed)
+
+
+# --- layouts ----------------------------------------------------------------------------------------------------------
+
+
+def filled(like: Tensor, values: Tensor) -> Tensor:
+    return like.copy_(values)
+
+
+def permuted(values: Tensor, *order: int) -> Tensor:
+    """The same tensor, its memory ordered by ``order``, outermost dimension first."""
+    inverse = [order.index(d) for d in range(len(order))]
+    return values.permute(order).contiguous().permute(inverse)
+
+
+# What has the values of `a` (3, 4, 6, 5) or (3, 2, 4, 3, 5) and another place in memory.
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda a: a.contiguous(),
+    "unaligned": lambda a: filled(a.new_empty(a.numel() + 1)[1:].view(a.shape), a),
+    "every other element": lambda a: filled(a.new_full((*a.shape[:-1], 2 * a.shape[-1]), 7.0)[..., ::2], a),
+    "every other sample": lambda a: filled(a.new_full((2 * len(a), *a.shape[1:]), 7.0)[1::2], a),
+    "padded samples": lambda a: filled(a.new_full((len(a), a.shape[1] + 1, *a.shape[2:]), 7.0)[:, 1:], a),
+    "channels last": lambda a: a.contiguous(memory_format=torch.channels_last if a.dim() == 4 else torch.channels_last_3d),
+    "dimensions reversed": lambda a: permuted(a, 0, *range(a.dim() - 1, 0, -1)),
+    "samples innermost": lambda a: permuted(a, *range(1, a.dim()), 0),
+}  # fmt: skip
+
+# Inputs that broadcast: their own values count.
+EXPANDED: dict[str, Callable[[Tensor], Tensor]] = {
+    "one sample for all": lambda a: a[:1].expand(a.shape),
+    "one number a sample": lambda a: a[:, :1, :1, :1].expand(a.shape) if a.dim() == 4 else a[:, :1].expand(a.shape),
+    "one number": lambda a: a.flatten()[0].expand(a.shape),
+}
+
+
+def laid_out(op: Op, v: Arguments, first: Callable[[Tensor], Tensor], others: Callable[[Tensor], Tensor]) -> Arguments:
+    changed = {n: (others if i else first)(v[n]) for i, n in enumerate(op.arrays)}
+    if op.noise and v["draw"].z is not None:
+        changed["draw"] = Draw(z=others(v["draw"].z))
+    return v | changed
+
+
+def assert_same_numbers(op: Op, one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> None:
+    """Bit for bit; sums have another order of their terms and are left to ``check``."""
+    for a, b, is_sum in zip(one, other, op.sums, strict=True):
+        assert is_sum or torch.equal(a, b)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("name", "noise"), [(name, noise) for name, op in OPS.items() for noise in noises(op)])
+def test_layouts(name: str, noise: str, layout: str) -> None:
+    op = OPS[name]
+    for shape, dtype in [((3, 4, 6, 5), torch.float32), ((3, 2, 4, 3, 5), torch.float64), ((3, 4, 6, 5), torch.bfloat16)]:
+        v = arguments(op, shape, dtype, "per sample", noise)
+        plain = op.call(ops, v)
+        for other in LAYOUTS:
+            mixed = laid_out(op, v, LAYOUTS[layout], LAYOUTS[other])
+            assert_same_numbers(op, run_checked(op, mixed), plain)
+
+
+@pytest.mark.parametrize("layout", EXPANDED)
+@every_op
+def test_expanded_inputs(op: Op, layout: str) -> None:
+    for dtype in (torch.float32, torch.float16):
+        v = arguments(op, (3, 4, 6, 5), dtype)
+        run_checked(op, laid_out(op, v, EXPANDED[layout], EXPANDED[layout]))
+        run_checked(op, laid_out(op, v, LAYOUTS["contiguous"], EXPANDED[layout]))
+        run_checked(op, laid_out(op, v, LAYOUTS["channels last"], EXPANDED[layout]))
+
+
+@every_op
+def test_coefficients_and_streams_of_any_stride(op: Op) -> None:
+    v = arguments(op, (5, 17), torch.float32, "per sample", "key and ids")
+
+    def spaced(t: Tensor) -> Tensor:
+        return torch.stack([t, torch.full_like(t, 99)], 1)[:, 0]
+
+    changed = {n: spaced(v[n]) for n in op.coefficients}
+    if op.noise:
+        changed["draw"] = Draw(None, spaced(v["draw"].key), spaced(v["draw"].ids), v["draw"].draw)
+    for one, other in zip(op.call(ops, v), op.call(ops, v | changed), strict=True):
+        assert torch.equal(one, other)
+    one_for_all = {n: v[n][0].expand(5) for n in op.coefficients}
+    run_checked(op, v | one_for_all)
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (3, 1025), (257, 4)], ids=str)
+@pytest.mark.parametrize("op", [op for op in OPS.values() if op.noise], ids=[n for n, op in OPS.items() if op.noise])
+def test_stream_is_the_array_it_stands_for(op: Op, shape: tuple[int, ...]) -> None:
+    for dtype in (torch.float32, torch.float64):
+        for noise in NOISE[1:]:
+            v = arguments(op, shape, dtype, "per sample", noise)
+            z = ops.noise_normal(*v["draw"][1:], shape).to(dtype)
+            for streamed, stored in zip(op.call(ops, v), op.call(ops, v | {"draw": Draw(z=z)}), strict=True):
+                assert torch.equal(streamed, stored)
+
+
+# --- numbers that are not finite, and those at the ends of the range --------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("shape", [(5, 17), (3, 1025)], ids=str)
+@every_op
+def test_nan_and_inf_stay_where_they_belong(op: Op, shape: tuple[int, ...], value: float) -> None:
+    """In an element: that element of the results, and the sum of its sample. In a coefficient: its sample."""
+    row, element = 1, shape[1] - 1
+    draws = {"z": NOISE[0]} if op.noise else {}
+    for dtype in DTYPES:
+        for name in (*op.arrays, *op.coefficients, *draws):
+            v = arguments(op, shape, dtype)
+            spoilt = torch.zeros(shape, dtype=torch.bool)
+            if name in op.coefficients:
+                v[name][row] = value
+                spoilt[row] = True
+            else:
+                (v["draw"].z if name == "z" else v[name])[row, element] = value
+                # A slope with coefficient zero takes no part, and neither does the array that gives only the shape.
+                spoilt[row, element] = name not in ("k1", "shape")
+            for i, (result, is_sum) in enumerate(zip(op.call(ops, v), op.sums, strict=True)):
+                if reaches(name, op, i):
+                    assert torch.equal(~result.isfinite(), spoilt.any(1) if is_sum else spoilt), (dtype, name, i)
+                else:
+                    assert result.isfinite().all(), (dtype, name, i)
+
+
+def reaches(name: str, op: Op, result: int) -> bool:
+    """Whether result number ``result`` of an op depends on the argument ``name``."""
+    if len(op.sums) == 1:
+        return True
+    if op is OPS["score_loss and gradient"]:
+        return True
+    if op is OPS["rk_drift_stage"]:  # (slope, next state)
+        return result == 1 or name in ("x", "out", "f", "q")
+    return result == 1 or name not in ("n", "z")  # (mean, next)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_conversions(dtype: torch.dtype) -> None:
+    """Every half of 16 bits is read, and every rounding boundary between two of them written, as torch does it."""
+    halves = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    same = ops.affine(halves, None, 1.0)
+    assert torch.equal(same.isnan(), halves.isnan())
+    assert torch.equal(same.view(torch.int16)[~halves.isnan()], halves.view(torch.int16)[~halves.isnan()])
+    # (1 + 2^-k) x lies on, just above or just below the middle between two halves, for the k around the precision
+    for k in (7, 8, 9, 10, 11, 12):
+        for p in (1 + 2.0**-k, 1 + 2.0**-k + 2.0**-22, 1 - 2.0**-k - 2.0**-22, 2.0**-k):
+            right = (halves.float() * p).to(dtype)
+            got = ops.affine(halves, None, p)
+            assert torch.equal(got.nan_to_num(7.0), right.nan_to_num(7.0)), (k, p)
+
+
+def test_results_are_new_arrays() -> None:
+    for op in OPS.values():
+        v = arguments(op, (3, 5), torch.float32)
+        inputs = {v[n].data_ptr() for n in op.arrays}
+        assert all(result.data_ptr() not in inputs for result in op.call(ops, v))
+
+
+# --- long rows --------------------------------------------------------------------------------------------------------
+
+
+def test_rows_longer_than_floats_count() -> None:
+    """2^24 + 9 elements a sample: a float32 index would miss the odd ones. The ends of two rows are looked at."""
+    long, key = 2**24 + 9, torch.tensor([11, 0])
+    x = torch.zeros(2, long, dtype=torch.bfloat16)
+    x[0, -1], x[1, -2] = 1.0, 2.0
+    nonzero = ops.affine(x, None, torch.tensor([3.0, 5.0])).nonzero()
+    assert nonzero.tolist() == [[0, long - 1], [1, long - 2]]
+
+    z = ops.noise_normal(key, None, 0, (2, long))
+    block = torch.tensor([0, 2**22 - 1, 2**22, 2**22 + 1, 2**22 + 2])
+    for row in range(2):
+        words = torch.stack(reference.philox([block, block * 0, torch.full_like(block, row), block * 0], (11, 0)), 1)
+        for b, four in zip(block.tolist(), words, strict=True):
+            alone = normals_of_words(four)[: long - 4 * b]
+            torch.testing.assert_close(z[row, 4 * b : 4 * b + 4], alone, rtol=3e-7, atol=1e-7)
+    # Each row has its own sum: as many ones as elements. float32 in, double accumulation.
+    total = ops.score_loss(torch.ones(1, dtype=torch.bfloat16).expand(2, long), 1.0, None, torch.ones(2).double())
+    assert total.tolist() == [float(torch.tensor(float(long)).float())] * 2
+
+
+def normals_of_words(words: Tensor) -> Tensor:
+    a, b = words.double().view(2, 2).unbind(1)
+    radius = (-2 * ((a + 0.5) / 2**32).float().double().log()).sqrt()
+    angle = 2 * math.pi * b / 2**32
+    return torch.stack([radius * angle.cos(), radius * angle.sin()], 1).flatten().float()
+
+
+def test_sums_of_long_rows_do_not_drift() -> None:
+    """A million equal terms that float32 cannot hold: kept in short float sums, then added in double."""
+    out = torch.full((1, 2**20), 0.1)
+    right = 2**20 * float(out[0, 0].double() ** 2)
+    assert ops.score_loss(out, 1.0, None, 1.0).item() == pytest.approx(right, rel=1e-6)
+
+
+# --- the step-size controller -----------------------------------------------------------------------------------------
+
+
+def test_rk_control() -> None:
+    """scipy's rules, written out: accepted below 1; factor 0.9 norm^e within [0.2, 10]; no growth after a rejection."""
+    norms = [0.0, 1e-300, 1e-9, 0.3, 0.59, 0.6, 1 - 1e-16, 1.0, 1 + 1e-15, 1.5, 1e3, 1e300, math.inf, math.nan]
+    norm = torch.tensor(norms, dtype=torch.float64).repeat(2)
+    after = torch.arange(len(norm)) >= len(norms)
+    h = torch.linspace(0.1, 2.0, len(norm), dtype=torch.float64)
+    for exponent in (-1 / 3, -1 / 5, -1 / 8):
+        accepted, following = ops.rk_control(norm, h, after, exponent)
+        for n, size, rejected, ok, next_h in zip(*(t.tolist() for t in (norm, h, after, accepted, following)), strict=True):
+            if n < 1:
+                factor = min(10.0, 0.9 * n**exponent) if n else 10.0
+                factor = min(1.0, factor) if rejected else factor
+            else:
+                factor = 0.2 if math.isnan(n) else max(0.2, 0.9 * n**exponent)
+            assert ok == (n < 1)
+            assert next_h == pytest.approx(size * factor, rel=1e-15)
+        right = reference.rk_control(norm, h, after, exponent)
+        torch.testing.assert_close(torch.stack([accepted, following]), right, rtol=1e-15, atol=0)
+    assert ops.rk_control(norm[:0], h[:0], after[:0], -0.2).shape == (2, 0)
+    assert torch.equal(ops.rk_control(norm[::2], h[::2], after[::2], -0.2), ops.rk_control(norm, h, after, -0.2)[:, ::2])
+
+
+# --- the reference ----------------------------------------------------------------------------------------------------
+
+
+def test_float64_kernels_are_the_formula() -> None:
+    """The reference is itself checked where the formula is short enough to be written out."""
+    x, out, z = (torch.randn(2, 3, dtype=torch.float64) for _ in range(3))
+    mean, after = ops.affine_noise(x, out, 0.5, 2.0, torch.tensor([1.0, 3.0]), Draw(z=z))
+    torch.testing.assert_close(mean, 0.5 * x + 2 * out)
+    torch.testing.assert_close(after, 0.5 * x + 2 * out + torch.tensor([[1.0], [3.0]]) * z)
+    loss = ops.score_loss(out, 2.0, -1.0, torch.tensor([1.0, 10.0]), Draw(z=z))
+    torch.testing.assert_close(loss, torch.tensor([1.0, 10.0]) * ((2 * out - z) ** 2).sum(1))
+    y1 = 2 * x
+    error = ops.rk_error(x, y1, [out, z], (0.5, -1.0), 0.1, 1e-2, 1e-3)
+    scale = 1e-3 + 1e-2 * torch.maximum(x.abs(), y1.abs())
+    torch.testing.assert_close(error, ((0.1 * (0.5 * out - z) / scale) ** 2).sum(1))
+    slope, following = ops.rk_drift_stage(x, [z], (0.25, 0.5), -0.1, y1, out, 3.0, 4.0)
+    torch.testing.assert_close(slope, 3 * y1 + 4 * out)
+    torch.testing.assert_close(following, x - 0.1 * (0.25 * z + 0.5 * slope))
+
+
+@pytest.mark.parametrize("like", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_materialize(like: torch.dtype) -> None:
+    x, key = torch.zeros(3, 5, dtype=like), torch.tensor([3, 4])
+    z = ops.materialize(Draw(key=key, ids=torch.tensor([5, 1, 2]), draw=1), x)
+    assert torch.equal(z, ops.noise_normal(key, torch.tensor([5, 1, 2]), 1, (3, 5)).to(like))
+    given: Any = torch.randn(3, 5)
+    assert torch.equal(ops.materialize(Draw(z=given), x), given.to(like))
