@@ -17,6 +17,7 @@ from scoresde_ext import ops, reference
 from scoresde_ext.ops import Draw
 
 Arguments = dict[str, Any]
+Results = dict[str, tuple[Tensor, ...]]
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 COEFFICIENTS = ("floats", "one element", "no dimension", "per sample")
@@ -144,26 +145,29 @@ def expected(op: Op, v: Arguments) -> tuple[Tensor, ...]:
     return op.call(reference, in_float64(op, v))
 
 
-def tolerances(op: Op, v: Arguments) -> Iterator[Tensor]:
+def tolerances(op: Op, v: Arguments, noise_ulp: int) -> Iterator[Tensor]:
     """How far each element of each result may be from the exact one.
 
     Every product and sum of the compute type rounds by at most half an eps of the terms it has met: at most eight of them
     in a row here, a number written as a fraction and the square of a sum included. Sums over a sample add: a lane takes 64
     squares one after the other, half an eps each. The result is then rounded to the type it is stored in: half an eps of
-    it, or of the smallest normal number, below which numbers are evenly spaced.
+    it, or of the smallest normal number, below which numbers are evenly spaced. (Gradients of the loss twice: in half
+    precision they are kept without their weight.)
     """
+    roundings = 2 if op is OPS["score_loss and gradient"] else 1
     exact = in_float64(op, v)
     terms = op.call(reference, _map(exact, abs, lambda draw: Draw(z=draw.z.abs())))
     dtype = v[op.arrays[0]].dtype
     for term, result, is_sum in zip(terms, op.call(reference, exact), op.sums, strict=True):
         compute, stored = (torch.finfo(d) for d in (compute_dtype(dtype), compute_dtype(dtype) if is_sum else dtype))
-        yield (40 if is_sum else 4) * compute.eps * term + stored.eps / 2 * (result.abs() + stored.smallest_normal)
+        relative = (40 if is_sum else 4) * compute.eps + 2 * noise_ulp * torch.finfo(torch.float32).eps
+        yield relative * term + roundings * stored.eps / 2 * (result.abs() + 2 * stored.smallest_normal)
 
 
-def check(op: Op, v: Arguments, results: tuple[Tensor, ...]) -> None:
-    """Values, dtypes, shapes and strides of what the kernels gave."""
+def check(op: Op, v: Arguments, results: tuple[Tensor, ...], noise_ulp: int = 0) -> None:
+    """Values, dtypes, shapes and strides of what the kernels gave; ``noise_ulp``: how far its noise may be from ours."""
     first = v[op.arrays[0]]
-    for result, right, tolerance, is_sum in zip(results, expected(op, v), tolerances(op, v), op.sums, strict=True):
+    for result, right, tolerance, is_sum in zip(results, expected(op, v), tolerances(op, v, noise_ulp), op.sums, strict=True):
         if is_sum:
             assert result.dtype in (compute_dtype(first.dtype), torch.float64)
             assert result.shape == first.shape[:1]
@@ -174,3 +178,23 @@ def check(op: Op, v: Arguments, results: tuple[Tensor, ...]) -> None:
         off = (result.double() - right).abs()
         worst = (off - tolerance).max() if off.numel() else 0
         assert (off <= tolerance).all(), f"{worst:.3e} beyond the tolerance"
+
+
+def all_arguments() -> Iterator[tuple[str, Op, Arguments]]:
+    """Every op on seeded arguments of several tiles a thread: results that only a fixed order of sums can repeat."""
+    torch.manual_seed(1)
+    for name, op in OPS.items():
+        for shape in ((8, 9001), (3000, 5), (130, 3, 17)):
+            for dtype in DTYPES:
+                for noise in ("array", "key and ids") if op.noise else ("array",):
+                    yield f"{name} {shape} {dtype} {noise}", op, arguments(op, shape, dtype, "per sample", noise)
+
+
+def results_of_all() -> Results:
+    """What the kernels make of :func:`all_arguments`, and noise."""
+    key, sizes = torch.tensor([5, 6]), ((9, 40_001), (5000, 7))
+    results: Results = {name: op.call(ops, v) for name, op, v in all_arguments()}
+    results["noise_normal"] = tuple(ops.noise_normal(key, None, 0, size) for size in sizes)
+    results["noise_uniform"] = tuple(ops.noise_uniform(key, None, 0, size) for size in sizes)
+    results["noise_integers"] = tuple(ops.noise_integers(key, None, 0, size, 1000) for size in sizes)
+    return results

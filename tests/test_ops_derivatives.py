@@ -196,31 +196,48 @@ def loss_of(out: Tensor) -> Tensor:
     return ops.score_loss(out, 2.0, -1.0, 0.5, Draw(z=torch.ones_like(out))).sum()
 
 
+def right_loss(out: Tensor) -> Tensor:
+    return 0.5 * (2 * out - 1).square().sum()
+
+
 def right_gradient(out: Tensor) -> Tensor:
     return 2 * 0.5 * 2 * (2 * out.detach() - 1)
 
 
+# Ways from a leaf to the argument of the loss whose backward hands gradients on as they are.
+PATHS = {
+    "leaf": lambda x: x,
+    "view": lambda x: x.view(4, 3),
+    "transposed": lambda x: x.t(),
+    "sum with a constant": lambda x: x + 1,
+}
+every_path = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS.keys())
+
+
+@every_path
 @pytest.mark.parametrize("what", ["kept", "zeroed", "cleared", "scaled"])
-def test_backward_again(what: str) -> None:
+def test_backward_again(what: str, path: Callable[[Tensor], Tensor]) -> None:
     """The gradient that the forward pass kept is not changed by what is done with the gradient handed out."""
-    out = torch.randn(3, 4, requires_grad=True)
-    loss = loss_of(out)
-    total = torch.zeros_like(out)
+    x = torch.randn(3, 4, requires_grad=True)
+    out = path(x)
+    loss, right = loss_of(out), torch.autograd.grad(right_loss(path(x)), x)[0]
+    total = torch.zeros_like(x)
     for _ in range(3):
         loss.backward(retain_graph=True)
-        total = total + right_gradient(out) if what == "kept" else right_gradient(out)
-        torch.testing.assert_close(out.grad, total)
+        total = total + right if what == "kept" else right
+        torch.testing.assert_close(x.grad, total)
         if what == "zeroed":
-            out.grad.zero_()
+            x.grad.zero_()
         elif what == "cleared":
-            out.grad = None
+            x.grad = None
         elif what == "scaled":
-            out.grad.mul_(3)
-            out.grad = None
+            x.grad.mul_(3)
+            x.grad = None
 
 
-def test_gradient_asked_for_again() -> None:
-    out = torch.randn(3, 4, requires_grad=True)
+@every_path
+def test_gradient_asked_for_again(path: Callable[[Tensor], Tensor]) -> None:
+    out = path(torch.randn(3, 4, requires_grad=True))
     loss = loss_of(out)
     for _ in range(3):
         (gradient,) = torch.autograd.grad(loss, out, retain_graph=True)

@@ -195,9 +195,9 @@ double sum_of_squares(const A* r, int64_t n) {
   A lanes[16] = {};
   int64_t i = 0;
   for (; i + 16 <= n; i += 16) {
-    for (int64_t l = 0; l < 16; ++l) lanes[l] = mul_add(r[i + l], r[i + l], lanes[l]);
+    for (int64_t l = 0; l < 16; ++l) lanes[l] += r[i + l] * r[i + l];
   }
-  for (int64_t l = 0; i + l < n; ++l) lanes[l] = mul_add(r[i + l], r[i + l], lanes[l]);
+  for (int64_t l = 0; i + l < n; ++l) lanes[l] += r[i + l] * r[i + l];
   double sum = 0;
   for (int64_t l = 0; l < 16; ++l) sum += static_cast<double>(lanes[l]);
   return sum;
@@ -290,7 +290,7 @@ void combine(const void* const* k, const double* a, int32_t stages, const Tile& 
   for (int32_t s = 0; s < stages; ++s) {
     const A* ks = load<T>(k[s], t, scratch);
     const A as = static_cast<A>(a[s]);
-    for (int64_t j = 0; j < t.n; ++j) sum[j] = mul_add(as, ks[j], sum[j]);
+    for (int64_t j = 0; j < t.n; ++j) sum[j] += as * ks[j];
   }
 }
 
@@ -312,7 +312,7 @@ void stage_tiles(const StageArgs& args, int64_t begin, int64_t end) {
         });
       });
       const A a_new = static_cast<A>(args.a_new);
-      for (int64_t j = 0; j < t.n; ++j) sum.values[j] = mul_add(a_new, k_new[j], sum.values[j]);
+      for (int64_t j = 0; j < t.n; ++j) sum.values[j] += a_new * k_new[j];
       store<T>(args.k_new, t, k_new);
     }
     const A* y = load<T>(args.y, t, scratch_y);
@@ -329,16 +329,19 @@ void error_tiles(const ErrorArgs& args, int64_t begin, int64_t end) {
   using A = compute_t<T>;
   const Tiling tiling(args.rows, args.cols);
   const A rtol = static_cast<A>(args.rtol), atol = static_cast<A>(args.atol);
-  Scratch<A> sum, scratch0, scratch1;
+  Scratch<double> sum;
+  Scratch<A> scaled, scratch0, scratch1;
   for (int64_t i = begin; i < end; ++i) {
     const Tile t = tile_at(tiling, i);
     combine<T>(args.k, args.e, args.stages, t, sum.values);
     const A* y0 = load<T>(args.y0, t, scratch0);
     const A* y1 = load<T>(args.y1, t, scratch1);
     with_coefficient<A>(args.h, t, args.cols, [&](auto h) {
-      for (int64_t j = 0; j < t.n; ++j) sum.values[j] = scaled_error<A>(h[j] * sum.values[j], y0[j], y1[j], rtol, atol);
+      for (int64_t j = 0; j < t.n; ++j) {
+        scaled.values[j] = scaled_error<A>(h[j] * static_cast<A>(sum.values[j]), y0[j], y1[j], rtol, atol);
+      }
     });
-    row_sums(sum.values, t, args.cols, args.partials);
+    row_sums(scaled.values, t, args.cols, args.partials);
   }
 }
 

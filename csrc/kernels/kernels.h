@@ -71,7 +71,8 @@ struct StageArgs {
   void* k_new;
 };
 
-// partials: sums over a tile of (h sum_j e_j k_j / (atol + rtol max(|y0|, |y1|)))^2
+// partials: sums over a tile of (h sum_j e_j k_j / (atol + rtol max(|y0|, |y1|)))^2. The slopes cancel: their sum is
+// taken in double, or float32's rounding would steer the step size.
 struct ErrorArgs {
   DType dtype;
   int64_t rows, cols;

@@ -9,19 +9,19 @@ namespace scoresde::SCORESDE_ISA {
 // mean = p x + q out
 template <class A>
 SCORESDE_HD A affine_mean(A x, A out, A p, A q) {
-  return mul_add(q, out, p * x);
+  return p * x + q * out;
 }
 
 // next = mean + n z
 template <class A>
 SCORESDE_HD A affine_next(A mean, A z, A n) {
-  return mul_add(n, z, mean);
+  return mean + n * z;
 }
 
 // r = c out + d z, the residual whose weighted square is the denoising score-matching loss
 template <class A>
 SCORESDE_HD A residual(A out, A z, A c, A d) {
-  return mul_add(d, z, c * out);
+  return c * out + d * z;
 }
 
 // d (w r^2) / d out = 2 w c r, from slope = 2 w c

@@ -11,7 +11,7 @@ template <class A>
 SCORESDE_HD A scaled_error(A err, A y0, A y1, A rtol, A atol) {
   const A a0 = y0 < 0 ? -y0 : y0;
   const A a1 = y1 < 0 ? -y1 : y1;
-  const A scale = mul_add(rtol, a0 > a1 ? a0 : a1, atol);
+  const A scale = atol + rtol * (a0 > a1 ? a0 : a1);
   return err / scale + (y0 - y0) + (y1 - y1);
 }
 

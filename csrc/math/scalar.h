@@ -29,9 +29,10 @@ SCORESDE_HD To bits_as(From from) {
   return to;
 }
 
-// a * b + c. One rounding where the machine has a fused multiply-add, so that the AVX2, AVX-512 and CUDA builds agree
-// bit for bit; two roundings on the generic path, where fma() would be a slow library call. (Contraction by the
-// compiler is switched off.)
+// a * b + c with one rounding where the machine has a fused multiply-add, for polynomials: their results then are the
+// same bits on AVX2, AVX-512 and CUDA. On the generic path, where fma() would be a slow library call, two roundings.
+// All other formulas are written plainly, and the compilers are told not to contract them (-ffp-contract=off,
+// -fmad=false): the same bits on every machine.
 template <class A>
 SCORESDE_HD A mul_add(A a, A b, A c) {
 #if defined(__CUDA_ARCH__) || defined(SCORESDE_FMA) || defined(__FMA__) || defined(__ARM_FEATURE_FMA)

@@ -1,0 +1,246 @@
+"""Arguments that an op refuses: before any work, by an error that names the argument."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from op_table import OPS, Arguments, arguments
+from torch import Tensor
+
+from scoresde_ext import ops
+from scoresde_ext.ops import Draw
+
+B, SHAPE = 3, (3, 5)
+KEY = torch.tensor([3, 5])
+
+
+def refused(name: str, call: Callable[..., Any], *args: Any) -> None:
+    with pytest.raises((ValueError, TypeError), match=rf"\b{re.escape(name)}\b"):
+        call(*args)
+
+
+def shown(name: str) -> str:
+    """The name of a slope in the signature."""
+    return "ks" if re.fullmatch(r"k\d", name) else "out" if name == "shape" else name
+
+
+# What is wrong with an array that goes with another, with the first one, with a coefficient.
+BAD_ARRAYS: dict[str, Callable[[Tensor], Any]] = {
+    "sample of another shape": lambda a: torch.ones(B, 4),
+    "another batch size": lambda a: torch.ones(1, 5),
+    "another number of dimensions": lambda a: torch.ones(B, 5, 1),
+    "no dimensions": lambda a: torch.tensor(1.0),
+    "another device": lambda a: a.to("meta"),
+}
+BAD_DTYPES: dict[str, Callable[[Tensor], Any]] = {
+    "int64": lambda a: torch.ones(SHAPE, dtype=torch.int64),
+    "uint8": lambda a: torch.ones(SHAPE, dtype=torch.uint8),
+    "bool": lambda a: torch.ones(SHAPE, dtype=torch.bool),
+    "complex64": lambda a: torch.ones(SHAPE, dtype=torch.complex64),
+    "a list": lambda a: a.tolist(),
+    "None": lambda a: None,
+}
+BAD_COEFFICIENTS: dict[str, Callable[[Tensor], Any]] = {
+    "too many": lambda c: torch.ones(B + 1),
+    "too few": lambda c: torch.ones(B - 1),
+    "none": lambda c: torch.ones(0),
+    "a column": lambda c: torch.ones(B, 1),
+    "integers": lambda c: torch.ones(B, dtype=torch.int64),
+    "complex": lambda c: torch.ones(B, dtype=torch.complex64),
+    "another device": lambda c: c.to("meta"),
+    "text": lambda c: "1",
+    "a list": lambda c: [1.0] * B,
+    "None": lambda c: None,
+}
+
+
+def rows() -> list[Any]:
+    table = []
+    for op_name, op in OPS.items():
+        for i, name in enumerate(op.arrays):
+            # `out` may be missing together with its coefficient, which is then what is left over
+            problems = BAD_DTYPES if i == 0 else BAD_ARRAYS | BAD_DTYPES
+            for problem, spoil in problems.items():
+                if not (name == "out" and problem == "None" and i):
+                    table.append(pytest.param(op_name, name, spoil, id=f"{op_name}-{name}-{problem}"))
+        if op.arrays[0] != "shape":
+            no_dimensions = BAD_ARRAYS["no dimensions"]
+            table.append(pytest.param(op_name, op.arrays[0], no_dimensions, id=f"{op_name}-{op.arrays[0]}-no dimensions"))
+        for name in op.coefficients:
+            for problem, spoil in BAD_COEFFICIENTS.items():
+                # score_loss takes None for c and d
+                if not (name in "cd" and problem == "None"):
+                    table.append(pytest.param(op_name, name, spoil, id=f"{op_name}-{name}-{problem}"))
+    return table
+
+
+@pytest.mark.parametrize(("op_name", "name", "spoil"), rows())
+def test_arrays_and_coefficients(op_name: str, name: str, spoil: Callable[[Tensor], Any]) -> None:
+    op = OPS[op_name]
+    v = arguments(op, SHAPE, torch.float32)
+    changed = v | {name: spoil(v[name])}
+    if name == op.arrays[0] and isinstance(changed[name], Tensor) and changed[name].dim() == 0:
+        # Everything else has to go with it, or that would be what is wrong.
+        changed = {n: changed[name] if n in op.arrays else value for n, value in changed.items()}
+        changed |= {n: 1.0 for n in op.coefficients}
+        if op.noise:
+            changed["draw"] = Draw(z=changed[name])
+    call = ops_call(op_name)
+    refused(shown(name), call, changed)
+
+
+def ops_call(op_name: str) -> Callable[[Arguments], Any]:
+    """The op itself; the entry of the table detaches the argument first."""
+    if op_name == "score_loss and gradient":
+        return lambda v: ops.score_loss(v["out"], v["c"], v["d"], v["w"], v["draw"])
+    return lambda v: OPS[op_name].call(ops, v)
+
+
+NOISY = {name: op for name, op in OPS.items() if op.noise}
+BAD_NOISE = {
+    "z of another shape": ("z", Draw(z=torch.ones(B, 4))),
+    "z that would broadcast": ("z", Draw(z=torch.ones(B, 1))),
+    "z of another device": ("z", Draw(z=torch.ones(SHAPE, device="meta"))),
+    "z of integers": ("z", Draw(z=torch.ones(SHAPE, dtype=torch.int64))),
+    "both z and key": ("key", Draw(z=torch.ones(SHAPE), key=KEY)),
+    "neither z nor key": ("key", Draw()),
+    "key of another device": ("key", Draw(key=KEY.to("meta"))),
+    "key of floats": ("key", Draw(key=KEY.float())),
+    "key of int32": ("key", Draw(key=KEY.int())),
+    "key of one number": ("key", Draw(key=KEY[:1])),
+    "key of three": ("key", Draw(key=torch.ones(3, dtype=torch.int64))),
+    "key as a column": ("key", Draw(key=KEY[:, None])),
+    "key that is no tensor": ("key", Draw(key=(3, 5))),
+    "too many ids": ("ids", Draw(key=KEY, ids=torch.arange(B + 1))),
+    "one id": ("ids", Draw(key=KEY, ids=torch.arange(1))),
+    "ids as a column": ("ids", Draw(key=KEY, ids=torch.arange(B)[:, None])),
+    "ids of floats": ("ids", Draw(key=KEY, ids=torch.ones(B))),
+    "ids of another device": ("ids", Draw(key=KEY, ids=torch.arange(B).to("meta"))),
+    "negative draw": ("draw", Draw(key=KEY, draw=-1)),
+    "no draw": ("draw", None),
+    "an array for a draw": ("draw", torch.ones(SHAPE)),
+}
+
+
+@pytest.mark.parametrize("problem", BAD_NOISE)
+@pytest.mark.parametrize("op_name", NOISY)
+@pytest.mark.parametrize("path", ["kernel", "reference"])
+def test_noise(path: str, op_name: str, problem: str) -> None:
+    """Also where a coefficient that requires a gradient brings the reference in."""
+    name, draw = BAD_NOISE[problem]
+    v = arguments(NOISY[op_name], SHAPE, torch.float32)
+    if path == "reference":
+        v[NOISY[op_name].coefficients[0]].requires_grad_()
+    refused(name, ops_call(op_name), v | {"draw": draw})
+
+
+LEARNED = {name: op for name, op in OPS.items() if name in ("affine", "affine_noise", "perturb", "score_loss")}
+
+
+@pytest.mark.parametrize("problem", [p for p in BAD_COEFFICIENTS if p not in ("integers", "text", "a list", "None")])
+@pytest.mark.parametrize("op_name", LEARNED)
+def test_coefficients_that_require_gradients(op_name: str, problem: str) -> None:
+    op = LEARNED[op_name]
+    for name in op.coefficients:
+        for batch in (B, 1):  # one sample would broadcast
+            v = arguments(op, (batch, 5), torch.float32)
+            refused(name, ops_call(op_name), v | {name: BAD_COEFFICIENTS[problem](v[name]).requires_grad_()})
+
+
+@pytest.mark.parametrize("name", ["rk_stage", "rk_drift_stage", "rk_error"])
+def test_weights_of_slopes(name: str) -> None:
+    op = OPS[name]
+    v = arguments(op, SHAPE, torch.float32)
+    for weights in ((1.0,) * 3, (1.0,) * 5, ()):
+        refused("e" if name == "rk_error" else "a", op.call, ops, v | {"weights": weights})
+    many = {f"k{i}": v["k0"] for i in range(17)}
+    refused("ks", op.call, ops, v | many | {"weights": (1.0,) * (18 if name == "rk_drift_stage" else 17)})
+
+
+@pytest.mark.parametrize("op_name", NOISY)
+def test_samples_too_long_for_a_stream(op_name: str) -> None:
+    """2^34 elements have a block number of 32 bits. Nothing of that size is allocated to find out."""
+    op = NOISY[op_name]
+    long = torch.zeros(1).expand(1, 2**34 + 1)
+    v = arguments(op, (1, 1), torch.float32) | {n: long for n in op.arrays} | {"draw": Draw(key=KEY)}
+    with pytest.raises(ValueError, match=r"2\^34 elements a sample"):
+        ops_call(op_name)(v)
+
+
+GENERATORS = {
+    "normal": lambda key, ids, draw, size: ops.noise_normal(key, ids, draw, size),
+    "uniform": lambda key, ids, draw, size: ops.noise_uniform(key, ids, draw, size),
+    "integers": lambda key, ids, draw, size: ops.noise_integers(key, ids, draw, size, 10),
+}
+
+
+@pytest.mark.parametrize("generate", GENERATORS.values(), ids=GENERATORS.keys())
+def test_generated_noise(generate: Callable[..., Tensor]) -> None:
+    for key in (KEY.float(), KEY[:1], KEY[None], KEY.int(), None, (3, 5)):
+        refused("key", generate, key, None, 0, SHAPE)
+    for ids in (torch.arange(2), torch.arange(3.0), torch.arange(3)[None], torch.arange(3, device="meta"), [0, 1, 2]):
+        refused("ids", generate, KEY, ids, 0, SHAPE)
+    refused("draw", generate, KEY, None, -1, SHAPE)
+    for size in ((), (3, -1), (-3,), (1, 2**34 + 1), (1, 2**20, 2**20)):
+        refused("size", generate, KEY, None, 0, size)
+    assert generate(KEY, None, 0, (0, 2**34)).shape == (0, 2**34)
+
+
+@pytest.mark.parametrize("high", [0, -5, 2**32 + 1, 2**62])
+def test_high(high: int) -> None:
+    refused("high", ops.noise_integers, KEY, None, 0, SHAPE, high)
+
+
+def test_rk_control_arguments() -> None:
+    norm, h, after = torch.ones(2).double(), torch.ones(2).double(), torch.tensor([True, False])
+    for bad in (norm.float(), norm[None], norm.long(), norm[0], None):
+        refused("norm", ops.rk_control, bad, h, after, -0.2)
+    for bad in (h.float(), h[:1], h[None], h.to("meta"), 1.0, None):
+        refused("h", ops.rk_control, norm, bad, after, -0.2)
+    for bad in (after.double(), after[:1], after.to("meta"), False, None):
+        refused("after_rejection", ops.rk_control, norm, h, bad, -0.2)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"c": None, "d": None, "draw": None},
+        {"c": None, "d": None, "draw": Draw(key=KEY)},
+        {"c": 1.0, "d": 1.0, "draw": None},
+    ],
+    ids=["nothing", "noise without coefficient", "coefficient without noise"],
+)
+def test_score_loss_of_nothing(arguments: dict[str, Any]) -> None:
+    with pytest.raises((ValueError, TypeError), match=r"\b(c|d|draw)\b"):
+        ops.score_loss(torch.ones(SHAPE), arguments["c"], arguments["d"], 1.0, arguments["draw"])
+
+
+def test_coefficient_without_out() -> None:
+    """And out without coefficient."""
+    with pytest.raises((ValueError, TypeError), match=r"\bq\b"):
+        ops.affine(torch.ones(SHAPE), torch.ones(SHAPE), 1.0, None)
+    with pytest.raises((ValueError, TypeError), match=r"\bout\b"):
+        ops.affine(torch.ones(SHAPE), None, 1.0, 2.0)
+    with pytest.raises((ValueError, TypeError), match=r"\bout\b"):
+        ops.affine_noise(torch.ones(SHAPE), None, 1.0, 2.0, 1.0, Draw(key=KEY))
+    with pytest.raises((ValueError, TypeError), match=r"\b(d|draw)\b"):
+        ops.score_loss(torch.ones(SHAPE), 1.0, None, 1.0, Draw(key=KEY))
+
+
+@pytest.mark.parametrize("op_name", OPS)
+def test_meta_arrays_have_shapes_alone(op_name: str) -> None:
+    """Everything on one device without data: results have the shapes, dtypes and strides of the real ones."""
+    op = OPS[op_name]
+    v = arguments(op, (2, 3, 4, 4), torch.bfloat16)
+    v[op.arrays[0]] = v[op.arrays[0]].to(memory_format=torch.channels_last)
+    meta = {n: value.to("meta") if isinstance(value, Tensor) else value for n, value in v.items()}
+    if op.noise:
+        meta["draw"] = Draw(z=v["draw"].z.to("meta"))
+    call = ops_call(op_name)
+    real, empty = call(v), call(meta)
+    pairs = zip(*(r if isinstance(r, tuple) else (r,) for r in (real, empty)), strict=True)
+    for r, e in pairs:
+        assert (r.shape, r.dtype, r.stride()) == (e.shape, e.dtype, e.stride())
+        assert e.is_meta
