@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _C, reference  # noqa: F401  _C registers torch.ops.scoresde_ext
+from . import _C, reference
 from .reference import Draw
 
 _ops = torch.ops.scoresde_ext
@@ -36,10 +36,16 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
 def _state(name: str, x: Any) -> None:
-    """The first array of a call: all others are measured by it. (Its dtype and dimensions are checked by the op.)"""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}.")
+    """The first array of a call: all others are measured by it."""
+    if not isinstance(x, Tensor) or x.dtype not in _DTYPES:
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{name}: expected a float32, float64, bfloat16 or float16 tensor, got {got}.")
+    if x.dim() < 1:
+        raise ValueError(f"{name}: expected shape (B, ...), got a tensor without dimensions. Add a batch dimension.")
 
 
 def _array(name: str, t: Any, x: Tensor) -> Tensor:
@@ -68,6 +74,13 @@ def _number(name: str, v: Any, x: Tensor) -> Tensor:
             f"got shape {tuple(v.shape)} on {v.device}."
         )
     return v
+
+
+def _network(out: Any, q: Any, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The network's output and its coefficient: both or neither."""
+    if (out is None) != (q is None):
+        raise ValueError("out, q: expected both or neither.")
+    return (None, None) if out is None else (_array("out", out, x), _number("q", q, x))
 
 
 def _noise(draw: Any, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, int]:
@@ -110,8 +123,7 @@ def _op(name: str, x: Tensor) -> Callable[..., Any]:
 def affine(x: Tensor, out: Tensor | None, p: Tensor | float, q: Tensor | float | None = None) -> Tensor:
     """``p x + q out``: drifts and noise-free updates. Differentiable in ``x`` and ``out``, twice and more."""
     _state("x", x)
-    outs = None if out is None else _array("out", out, x)
-    ps, qs = _number("p", p, x), None if out is None else _number("q", q, x)
+    ps, (outs, qs) = _number("p", p, x), _network(out, q, x)
     if _needs_reference(ps, qs):
         return reference.affine(x, outs, ps, qs).to(x.dtype)
     return _op("affine", x)(x, outs, ps, qs)
@@ -122,11 +134,9 @@ def affine_noise(
 ) -> tuple[Tensor, Tensor]:
     """``mean = p x + q out`` and ``next = mean + n z``: every predictor and corrector update. Returns both."""
     _state("x", x)
-    outs = None if out is None else _array("out", out, x)
-    ps, qs, ns = _number("p", p, x), None if out is None else _number("q", q, x), _number("n", n, x)
-    noise = _noise(draw, x)
+    ps, (outs, qs), ns, noise = _number("p", p, x), _network(out, q, x), _number("n", n, x), _noise(draw, x)
     if _needs_reference(ps, qs, ns):
-        mean, after = reference.affine_noise(x, outs, ps, qs, ns, Draw(*noise))
+        mean, after = reference.affine_noise(x, outs, ps, qs, ns, Draw(materialize(draw, x)))
         return mean.to(x.dtype), after.to(x.dtype)
     return _op("affine_noise", x)(x, outs, ps, qs, ns, *noise)
 
@@ -136,7 +146,7 @@ def perturb(x0: Tensor, m: Tensor | float, s: Tensor | float, draw: Draw) -> Ten
     _state("x0", x0)
     ms, ss, noise = _number("m", m, x0), _number("s", s, x0), _noise(draw, x0)
     if _needs_reference(ms, ss):
-        return reference.perturb(x0, ms, ss, Draw(*noise)).to(x0.dtype)
+        return reference.perturb(x0, ms, ss, Draw(materialize(draw, x0))).to(x0.dtype)
     return _op("perturb", x0)(x0, ms, ss, *noise)
 
 
@@ -158,10 +168,13 @@ def score_loss(
     _state("out", out)
     if c is None and d is None:
         raise ValueError("c, d: expected at least one coefficient, got None for both.")
+    if (d is None) != (draw is None):
+        raise ValueError("d, draw: expected both or neither.")
     cs, ds = (None if v is None else _number(name, v, out) for name, v in (("c", c), ("d", d)))
     ws, noise = _number("w", w, out), (None, None, None, 0) if d is None else _noise(draw, out)
     if _needs_reference(cs, ds, ws, noise[0]):
-        return reference.score_loss(out, cs, ds, ws, Draw(*noise))[0].to(_compute_dtype(out))
+        z = None if draw is None else Draw(materialize(draw, out))
+        return reference.score_loss(out, cs, ds, ws, z)[0].to(_compute_dtype(out))
     with_grad = c is not None and out.requires_grad and torch.is_grad_enabled()
     return _op("score_loss", out)(out, cs, ds, ws, *noise, with_grad)[0]
 
@@ -342,7 +355,7 @@ def _register_derivatives() -> None:
     def loss_setup(ctx, inputs, output):
         out, c, d, w, z, key, ids, draw, with_grad = inputs
         ctx.save_for_backward(output[1], c, w)
-        ctx.with_grad, ctx.leaf = with_grad, out.is_leaf
+        ctx.with_grad = with_grad
         ctx.set_materialize_grads(False)
 
     def loss_backward(ctx, g_loss, g_kept):
@@ -354,11 +367,9 @@ def _register_derivatives() -> None:
         weighted = kept.dtype in (torch.float32, torch.float64)
         total = None
         if g_loss is not None:
-            # The usual case, all ones, needs no pass over memory: the kept gradient itself is handed on. Not to a leaf,
-            # which would make it its .grad and add to it, nor while the backward is traced or differentiated.
-            shortcut = (
-                weighted and type(g_loss) is Tensor and g_loss.is_cpu and not (ctx.leaf or torch.is_grad_enabled())
-            )
+            # The usual case, all ones, needs no pass over memory: the kept gradient itself is handed on. Not where the
+            # graph is kept for another backward, which what becomes of it then would disturb.
+            shortcut = weighted and type(g_loss) is Tensor and g_loss.is_cpu and not _C.graph_is_kept()
             if shortcut and bool((g_loss == 1).all()):
                 total = kept
             else:
