@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import integrate, noise, sampling
+from . import noise, sampling
+from .checks import check_corrector, check_eps, check_state
 from .reference import rows
 from .sampling import InverseScaler, PCLoop
 from .sde_lib import SDE
@@ -87,8 +88,8 @@ def get_pc_inpainter(
     )
 
     def pc_inpainter(model: Any, data: Tensor, mask: Tensor) -> Tensor:
-        integrate.check_state("data", data)
-        integrate.check_state("mask", mask)
+        check_state("data", data)
+        check_state("mask", mask)
         if not _broadcasts(mask, data) or mask.device != data.device:
             raise ValueError(
                 f"mask: expected the shape and device of data, {tuple(data.shape)} on {data.device}, "
@@ -120,7 +121,7 @@ def get_pc_colorizer(
     )
 
     def pc_colorizer(model: Any, gray: Tensor) -> Tensor:
-        integrate.check_state("gray", gray)
+        check_state("gray", gray)
         if gray.dim() < 2 or gray.shape[1] != 3:
             raise ValueError(f"gray: expected images of three equal channels, (B, 3, H, W), got {tuple(gray.shape)}.")
         basis = _COLOUR_BASIS.to(gray.device, gray.dtype)
@@ -150,8 +151,8 @@ def _get_pc_filler(
     denoise: bool,
     eps: float,
 ) -> Callable[[Any, _Known], Tensor]:
-    sampling.check_eps(eps, sde)
-    sampling.check_corrector(snr, n_steps)
+    check_eps(eps, sde.T)
+    check_corrector(snr, n_steps)
 
     def run(model: Any, known: _Known) -> Tensor:
         data = known.data

@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import ops
+from .checks import bad_rows, check_state, check_tolerances, name_rows
 
 __all__ = ["METHODS", "Drift", "Solution", "SolverError", "Tableau", "solve"]
 
@@ -201,19 +202,6 @@ class SolverError(RuntimeError):
         self.solution = solution
 
 
-def bad_rows(*ys: Tensor) -> list[int]:
-    """Samples with an element that is not finite."""
-    bad = sum((~y.isfinite()).reshape(len(y), math.prod(y.shape[1:])).any(1) for y in ys)
-    return torch.nonzero(torch.as_tensor(bad)).flatten().tolist()
-
-
-def name_rows(rows: Sequence[int]) -> str:
-    """ "sample 3", "samples 0, 2, 5", "samples 0, 1, 2, 3, 4, ... (12 in all)"."""
-    shown = ", ".join(str(r) for r in rows[:5])
-    more = f", ... ({len(rows)} in all)" if len(rows) > 5 else ""
-    return f"sample{'s' if len(rows) > 1 else ''} {shown}{more}"
-
-
 # ---- the solver ----
 
 
@@ -278,24 +266,6 @@ def _tableau(method: str | Tableau) -> Tableau:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}.")
     found = METHODS[method]
     return found if isinstance(found, Tableau) else found()
-
-
-def check_tolerances(rtol: float, atol: float) -> None:
-    """Tolerances have to be positive and finite (one of them may be zero)."""
-    for name, value in (("rtol", rtol), ("atol", atol)):
-        if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-            raise ValueError(f"{name}: expected a non-negative number, got {value!r}.")
-    if rtol == 0 and atol == 0:
-        raise ValueError("rtol, atol: expected at least one above zero, got 0 and 0.")
-
-
-def check_state(name: str, y: Any) -> None:
-    """A state is a floating-point tensor (B, ...) without NaN or Inf."""
-    if not isinstance(y, Tensor) or not y.is_floating_point() or y.dim() < 1:
-        got = f"{y.dtype} of shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
-        raise ValueError(f"{name}: expected a floating-point tensor of shape (B, ...), got {got}.")
-    if not y.isfinite().all():
-        raise ValueError(f"{name}: expected finite values, got NaN or Inf in {name_rows(bad_rows(y))}.")
 
 
 def _check(

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import integrate, noise, ops, sampling
+from . import noise, ops, sampling
+from .checks import check_eps, check_state, check_tolerances
 from .integrate import Terms, time_vector
 from .models import utils as mutils
 from .sde_lib import SDE
@@ -90,13 +91,13 @@ def get_likelihood_fn(
         ValueError: an argument is wrong; before any evaluation. NotImplementedError: another ``hutchinson_type``.
         SolverError: the integration failed, or a likelihood is not finite.
     """
-    sampling.check_eps(eps, sde)
-    integrate.check_tolerances(rtol, atol)
+    check_eps(eps, sde.T)
+    check_tolerances(rtol, atol)
     if hutchinson_type not in HUTCHINSON:
         raise NotImplementedError(f"hutchinson_type: expected one of {', '.join(HUTCHINSON)}, got {hutchinson_type!r}.")
 
     def likelihood_fn(model: Any, data: Tensor) -> tuple[Tensor, Tensor, int]:
-        integrate.check_state("data", data)
+        check_state("data", data)
         with torch.no_grad():
             if hutchinson_type == "Gaussian":
                 epsilon = ops.materialize(noise.normal(data), data)

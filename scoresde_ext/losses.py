@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import noise, ops
-from .integrate import check_state
+from .checks import check_eps, check_state
 from .models import utils as mutils
 from .reference import rows
 from .sde_lib import SDE, VESDE, VPSDE, is_affine
@@ -107,7 +107,7 @@ def get_sde_loss_fn(
     Raises:
         ValueError: eps outside (0, T); a batch that is not floating point; a network output of another shape.
     """
-    _check_eps(eps, sde)
+    check_eps(eps, sde.T)
 
     def loss_fn(model: Any, batch: Tensor) -> Tensor:
         _check_batch(batch)
@@ -145,11 +145,6 @@ def _plain_loss(
         g = sde.sde(torch.zeros_like(x0), t)[1]
         return weight * ((score + z / rows(std, x0)).square() * rows(g * g, x0)).sum()
     return weight * (score * rows(std, x0) + z).square().sum()
-
-
-def _check_eps(eps: float, sde: SDE) -> None:
-    if not 0 < eps < sde.T:
-        raise ValueError(f"eps: expected a time in (0, T = {sde.T}), got {eps}.")
 
 
 def get_smld_loss_fn(vesde: VESDE, train: bool, reduce_mean: bool = False) -> LossFn:

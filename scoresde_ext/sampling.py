@@ -18,9 +18,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import integrate, noise, ops, sde_lib
+from .checks import (
+    bad_rows,
+    check_corrector,
+    check_eps,
+    check_inputs,
+    check_latent,
+    check_shape,
+    check_tolerances,
+    name_rows,
+)
 from .integrate import SolverError, Terms, time_vector
 from .models import utils as mutils
-from .sde_lib import SDE, ReverseSDE, at_time, check_inputs, is_affine, score_terms
+from .sde_lib import SDE, ReverseSDE, at_time, is_affine, score_terms
 
 ScoreFn = Callable[[Tensor, Tensor], Tensor]
 InverseScaler = Callable[[Tensor], Tensor]
@@ -246,30 +256,10 @@ def shared_corrector_update_fn(
 # ---- samplers ----
 
 
-def check_shape(shape: Sequence[int]) -> tuple[int, ...]:
-    """A batch of samples: (B, *) with no negative size."""
-    if len(shape) < 1 or not all(isinstance(n, int) and n >= 0 for n in shape):
-        raise ValueError(f"shape: expected the shape (B, ...) of the batch, got {tuple(shape)}.")
-    return tuple(shape)
-
-
-def check_eps(eps: float, sde: SDE) -> None:
-    """The smallest time lies in (0, T): the score has no limit at 0."""
-    if not 0 < eps < sde.T:
-        raise ValueError(f"eps: expected a time in (0, T = {sde.T}), got {eps}.")
-
-
-def check_corrector(snr: float, n_steps: int) -> None:
-    if not isinstance(n_steps, int) or n_steps < 0:
-        raise ValueError(f"n_steps: expected a number of corrector steps from 0 on, got {n_steps!r}.")
-    if not 0 <= snr < math.inf:
-        raise ValueError(f"snr: expected a non-negative signal-to-noise ratio, got {snr!r}.")
-
-
 def check_finite(x: Tensor, what: str) -> Tensor:
     """No silent wrong answer: NaN or Inf at the end of a loop is an error that names the samples."""
     if not x.isfinite().all():
-        rows = integrate.name_rows(integrate.bad_rows(x))
+        rows = name_rows(bad_rows(x))
         raise SolverError(f"{what} ended with NaN or Inf in {rows}. The network or the step size (snr, N) is at fault.")
     return x
 
@@ -354,7 +344,7 @@ def get_pc_sampler(
         SolverError: a sample ended as NaN or Inf.
     """
     shape = check_shape(shape)
-    check_eps(eps, sde)
+    check_eps(eps, sde.T)
     check_corrector(snr, n_steps)
 
     def pc_sampler(model: Any) -> tuple[Tensor, int]:
@@ -433,8 +423,8 @@ def get_ode_sampler(
         SolverError: the integration failed; ``.solution`` holds what was reached.
     """
     shape = check_shape(shape)
-    check_eps(eps, sde)
-    integrate.check_tolerances(rtol, atol)
+    check_eps(eps, sde.T)
+    check_tolerances(rtol, atol)
 
     def ode_sampler(model: Any, z: Tensor | None = None) -> tuple[Tensor, int]:
         with torch.no_grad():
@@ -451,15 +441,6 @@ def get_ode_sampler(
             return inverse_scaler(result), nfe
 
     return ode_sampler
-
-
-def check_latent(z: Any, shape: tuple[int, ...], device: torch.device | str) -> None:
-    integrate.check_state("z", z)
-    if tuple(z.shape) != shape:
-        raise ValueError(f"z: expected the sampler's shape {shape}, got {tuple(z.shape)}.")
-    wanted = torch.device(device)
-    if z.device.type != wanted.type or (wanted.index is not None and z.device.index != wanted.index):
-        raise ValueError(f"z: expected a tensor on the sampler's device {wanted}, got {z.device}. Move it with .to().")
 
 
 def solve_ode(
@@ -511,7 +492,7 @@ def _solve_with_scipy(
         slopes = [ops.affine(y, term.out, term.f, term.q) for y, term in zip(state, drift.terms(t, state), strict=True)]
         packed = pack(slopes)
         if not math.isfinite(packed.sum()):
-            rows = integrate.name_rows(integrate.bad_rows(*slopes))
+            rows = name_rows(bad_rows(*slopes))
             raise SolverError(f"The integration stopped: NaN or Inf in {rows} at t = {t:.6g}.")
         return packed
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .checks import check_inputs
 from .reference import rows
 
 Time = TypeVar("Time", Tensor, float)
@@ -40,29 +41,6 @@ def expm1(v: Time) -> Time:
 
 def sqrt(v: Time) -> Time:
     return v.sqrt() if isinstance(v, Tensor) else math.sqrt(v)
-
-
-def check_inputs(x: Tensor, t: Tensor, T: float) -> None:
-    """States are floating point ``(B, *)``; times are one a sample, in [0, T]. The times' values are looked at on the
-    CPU alone: elsewhere that would wait for the device.
-
-    Raises:
-        ValueError: another shape, dtype or device, a value outside [0, T], or NaN.
-    """
-    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 1:
-        got = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else repr(x)
-        raise ValueError(f"x: expected a floating-point tensor of shape (B, ...), got {got}.")
-    if not isinstance(t, Tensor) or not t.is_floating_point() or t.shape != x.shape[:1] or t.device != x.device:
-        got = f"{t.dtype} {tuple(t.shape)} on {t.device}" if isinstance(t, Tensor) else repr(t)
-        raise ValueError(
-            f"t: expected one time a sample, a floating-point tensor of shape {tuple(x.shape[:1])} on {x.device}, "
-            f"got {got}. "
-            "For one time for all, use torch.full((B,), t)."
-        )
-    if t.is_cpu and not torch.compiler.is_compiling() and not bool(((t >= 0) & (t <= T * (1 + 1e-6))).all()):
-        raise ValueError(
-            f"t: expected times in [0, T = {T}], got values from {t.min().item():g} to {t.max().item():g}."
-        )
 
 
 class SDE(abc.ABC):

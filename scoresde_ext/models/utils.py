@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import sde_lib
+from ..checks import check_inputs
 from ..reference import rows
 
 Network = Callable[[Tensor, Tensor], Tensor]
@@ -137,7 +138,7 @@ class ScoreFunction:
         return self.network(x, self.labels(t)), self.coefficient(t)
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        sde_lib.check_inputs(x, t, self.sde.T)
+        check_inputs(x, t, self.sde.T)
         out, k = self.terms(x, t)
         return (rows(k, out) * out).to(x.dtype)
 

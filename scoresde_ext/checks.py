@@ -1,0 +1,93 @@
+"""Checks of arguments that several modules share. Each error names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def check_inputs(x: Tensor, t: Tensor, T: float) -> None:
+    """States are floating point ``(B, *)``; times are one a sample, in [0, T]. The times' values are looked at on the
+    CPU alone: elsewhere that would wait for the device.
+
+    Raises:
+        ValueError: another shape, dtype or device, a value outside [0, T], or NaN.
+    """
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 1:
+        got = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else repr(x)
+        raise ValueError(f"x: expected a floating-point tensor of shape (B, ...), got {got}.")
+    if not isinstance(t, Tensor) or not t.is_floating_point() or t.shape != x.shape[:1] or t.device != x.device:
+        got = f"{t.dtype} {tuple(t.shape)} on {t.device}" if isinstance(t, Tensor) else repr(t)
+        raise ValueError(
+            f"t: expected one time a sample, a floating-point tensor of shape {tuple(x.shape[:1])} on {x.device}, "
+            f"got {got}. "
+            "For one time for all, use torch.full((B,), t)."
+        )
+    if t.is_cpu and not torch.compiler.is_compiling() and not bool(((t >= 0) & (t <= T * (1 + 1e-6))).all()):
+        raise ValueError(
+            f"t: expected times in [0, T = {T}], got values from {t.min().item():g} to {t.max().item():g}."
+        )
+
+
+def check_state(name: str, y: Any) -> None:
+    """A state is a floating-point tensor (B, ...) without NaN or Inf."""
+    if not isinstance(y, Tensor) or not y.is_floating_point() or y.dim() < 1:
+        got = f"{y.dtype} of shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
+        raise ValueError(f"{name}: expected a floating-point tensor of shape (B, ...), got {got}.")
+    if not y.isfinite().all():
+        raise ValueError(f"{name}: expected finite values, got NaN or Inf in {name_rows(bad_rows(y))}.")
+
+
+def check_latent(z: Any, shape: tuple[int, ...], device: torch.device | str) -> None:
+    check_state("z", z)
+    if tuple(z.shape) != shape:
+        raise ValueError(f"z: expected the sampler's shape {shape}, got {tuple(z.shape)}.")
+    wanted = torch.device(device)
+    if z.device.type != wanted.type or (wanted.index is not None and z.device.index != wanted.index):
+        raise ValueError(f"z: expected a tensor on the sampler's device {wanted}, got {z.device}. Move it with .to().")
+
+
+def check_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """A batch of samples: (B, *) with no negative size."""
+    if len(shape) < 1 or not all(isinstance(n, int) and n >= 0 for n in shape):
+        raise ValueError(f"shape: expected the shape (B, ...) of the batch, got {tuple(shape)}.")
+    return tuple(shape)
+
+
+def check_eps(eps: float, T: float) -> None:
+    """The smallest time lies in (0, T): the score has no limit at 0."""
+    if not 0 < eps < T:
+        raise ValueError(f"eps: expected a time in (0, T = {T}), got {eps}.")
+
+
+def check_tolerances(rtol: float, atol: float) -> None:
+    """Tolerances have to be positive and finite (one of them may be zero)."""
+    for name, value in (("rtol", rtol), ("atol", atol)):
+        if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+            raise ValueError(f"{name}: expected a non-negative number, got {value!r}.")
+    if rtol == 0 and atol == 0:
+        raise ValueError("rtol, atol: expected at least one above zero, got 0 and 0.")
+
+
+def check_corrector(snr: float, n_steps: int) -> None:
+    if not isinstance(n_steps, int) or n_steps < 0:
+        raise ValueError(f"n_steps: expected a number of corrector steps from 0 on, got {n_steps!r}.")
+    if not 0 <= snr < math.inf:
+        raise ValueError(f"snr: expected a non-negative signal-to-noise ratio, got {snr!r}.")
+
+
+def bad_rows(*ys: Tensor) -> list[int]:
+    """Samples with an element that is not finite."""
+    bad = sum((~y.isfinite()).reshape(len(y), math.prod(y.shape[1:])).any(1) for y in ys)
+    return torch.nonzero(torch.as_tensor(bad)).flatten().tolist()
+
+
+def name_rows(rows: Sequence[int]) -> str:
+    """ "sample 3", "samples 0, 2, 5", "samples 0, 1, 2, 3, 4, ... (12 in all)"."""
+    shown = ", ".join(str(r) for r in rows[:5])
+    more = f", ... ({len(rows)} in all)" if len(rows) > 5 else ""
+    return f"sample{'s' if len(rows) > 1 else ''} {shown}{more}"
