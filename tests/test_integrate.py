@@ -49,7 +49,7 @@ def logistic_solution(y0: Tensor, start: float, end: float) -> Tensor:
 RALSTON = Tableau(a=((), (2 / 3,)), b=(1 / 4, 3 / 4), c=(0.0, 2 / 3), order=2)
 
 
-@pytest.mark.parametrize("span", [(0.0, 2.0), (2.0, -0.5)], ids=["forwards", "backwards"])
+@pytest.mark.parametrize("span", [(0.0, 2.0), (2.0, 0.5)], ids=["forwards", "backwards"])
 @pytest.mark.parametrize("method", [*FIXED, *ADAPTIVE, RALSTON], ids=lambda m: m if isinstance(m, str) else "Tableau")
 def test_order_of_convergence(method: Any, span: tuple[float, float]) -> None:
     """Halving the step divides the error by 2^order: of the fixed-step methods, of the adaptive ones in fixed steps, and
@@ -58,10 +58,10 @@ def test_order_of_convergence(method: Any, span: tuple[float, float]) -> None:
     order = (tableau if isinstance(tableau, Tableau) else tableau()).order
     y0 = torch.tensor([[0.2], [0.5], [0.7]], dtype=torch.float64)
     right = logistic_solution(y0, *span)
-    few = {1: 200, 2: 64, 3: 40, 4: 24, 5: 30, 8: 5}[order]
+    few = {1: 200, 2: 64, 3: 40, 4: 24, 5: 16, 8: 4}[order]
     errors = [(solve(logistic, span, y0, method, steps=few * k).y - right).abs().max().item() for k in (1, 2)]
-    assert errors[1] > 1e-14  # else rounding is measured
-    assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.1 + 0.06 * order)
+    assert errors[1] > 3e-14  # else rounding is measured
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(order, rel=0.1)
 
 
 @every_adaptive
@@ -169,7 +169,7 @@ def test_problems_cover_the_rules() -> None:
 def test_solution_adds_up(method: str) -> None:
     f, span, shapes = PROBLEMS["kick"]
     y0 = torch.randn(shapes[0], dtype=torch.float64)
-    for first_step in (None, 0.1):
+    for first_step in (None, 0.05):
         s = solve(lambda t, y: f(t, (y,))[0], span, y0, method, rtol=1e-6, atol=1e-6, first_step=first_step)
         attempts = s.n_accepted + s.n_rejected
         assert s.n_rejected > 0
@@ -427,7 +427,7 @@ GOOD: dict[str, Any] = {"f": never, "t_span": (0.0, 1.0), "y0": torch.ones(3, 2)
 BAD = {
     "f": [None, 3.0, "y"],
     "method": ["rk45", "RK", "", None, 4, ("RK45",)],
-    "t_span": [(0.0,), (0.0, 1.0, 2.0), (), (1.0, 1.0), (0.0, math.nan), (math.inf, 0.0), 1.0, None, ("a", "b"), (0j, 1j)],
+    "t_span": [(0.0,), (0.0, 1.0, 2.0), (), (1.0, 1.0), (0.0, math.nan), (math.inf, 0.0), 1.0, None, ("a", "b")],
     "y0": [
         torch.ones(3, 2).long(), torch.ones(3).cfloat(), torch.tensor(1.0), [1.0, 2.0], 1.0, None, (), (torch.ones(3), 1.0),
         torch.tensor([1.0, math.nan]), torch.tensor([math.inf]), (torch.ones(3), torch.ones(2)),
@@ -435,7 +435,7 @@ BAD = {
     ],
     "rtol": [-1e-3, math.nan, math.inf, "1e-3", None, torch.ones(2)],
     "atol": [-1e-3, math.nan, math.inf, "1e-3", None, torch.ones(2)],
-    "first_step": [0.0, -0.1, math.nan, 1.5, "0.1", 1j],
+    "first_step": [0.0, -0.1, math.nan, 1.5, "0.1"],
     "max_steps": [0, -1, math.nan, "10", None],
     "steps": [0, -3, 2.5, "10", math.nan],
 }  # fmt: skip

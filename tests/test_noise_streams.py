@@ -156,8 +156,7 @@ torch.save((_C.build_info()["cpu_capability"], results_of_all()), sys.argv[1])
 
 
 def test_instruction_sets_agree(tmp_path: Path) -> None:
-    """AVX2 and AVX-512 bit for bit: both have fused multiply-add. The generic set rounds every product, so it is checked
-    against the reference, and is known by results that differ in the last bits."""
+    """Bit for bit, but for the normals of the generic set: their polynomials have no fused multiply-add there."""
     sets, results = {}, {}
     for name in ("generic", "avx2", "avx512"):
         environment = os.environ | {"SCORESDE_EXT_CPU": name, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -169,8 +168,8 @@ def test_instruction_sets_agree(tmp_path: Path) -> None:
     assert differing(results["avx2"], results["avx512"]) == []
     generic = results["generic"]
     rounded_twice = differing(generic, results["avx2"])
-    assert [n for n in rounded_twice if n.startswith("affine ")] != []
-    assert not {"noise_uniform", "noise_integers"} & set(rounded_twice)
+    assert "noise_normal" in rounded_twice
+    assert [n for n in rounded_twice if "key" not in n and n != "noise_normal"] == []
     for one, other in zip(generic["noise_normal"], results["avx2"]["noise_normal"], strict=True):
         assert (float_number(one) - float_number(other)).abs().max() <= 8  # 4 ulp from the reference, each
     for name, op, v in all_arguments():

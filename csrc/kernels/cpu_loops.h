@@ -192,6 +192,11 @@ inline void noise_tiles(const NoiseArgs& args, int64_t begin, int64_t end) {
 // thread count.
 template <class A>
 double sum_of_squares(const A* r, int64_t n) {
+  if (n < 16) {
+    double sum = 0;
+    for (int64_t i = 0; i < n; ++i) sum += static_cast<double>(r[i]) * static_cast<double>(r[i]);
+    return sum;
+  }
   A lanes[16] = {};
   int64_t i = 0;
   for (; i + 16 <= n; i += 16) {

@@ -22,13 +22,13 @@ SCALE, GAP, COLUMNS = 6, 4, 16
 
 
 def grid(images: np.ndarray) -> Image.Image:
-    """Images ``(n, 8, 8, 1)`` uint8 side by side, enlarged."""
+    """Images ``(n, 8, 8, 1)`` uint8 side by side, smoothly enlarged: 8x8 pixels read as digits from far away only."""
     n, height, width, _ = images.shape
     cell = np.array([height * SCALE + GAP, width * SCALE + GAP])
     sheet = Image.new("L", (int(cell[1] * min(n, COLUMNS) + GAP), int(cell[0] * -(-n // COLUMNS) + GAP)), 64)
     for i, image in enumerate(images):
         row, column = divmod(i, COLUMNS)
-        enlarged = Image.fromarray(image[:, :, 0]).resize((width * SCALE, height * SCALE), Image.Resampling.NEAREST)
+        enlarged = Image.fromarray(image[:, :, 0]).resize((width * SCALE, height * SCALE), Image.Resampling.BICUBIC)
         sheet.paste(enlarged, (int(cell[1] * column + GAP), int(cell[0] * row + GAP)))
     return sheet
 
