@@ -35,8 +35,8 @@ def check_inputs(x: Tensor, t: Tensor, T: float) -> None:
 
 def check_state(name: str, y: Any) -> None:
     """A state is a floating-point tensor (B, ...) without NaN or Inf."""
-    if not isinstance(y, Tensor) or not y.is_floating_point() or y.dim() < 1:
-        got = f"{y.dtype} of shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
+    if not isinstance(y, Tensor) or not y.is_floating_point() or y.dim() < 1 or y.is_meta:
+        got = f"{y.dtype} of shape {tuple(y.shape)} on {y.device}" if isinstance(y, Tensor) else type(y).__name__
         raise ValueError(f"{name}: expected a floating-point tensor of shape (B, ...), got {got}.")
     if not y.isfinite().all():
         raise ValueError(f"{name}: expected finite values, got NaN or Inf in {name_rows(bad_rows(y))}.")

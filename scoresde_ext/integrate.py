@@ -248,7 +248,7 @@ def solve(
     ys = y0 if isinstance(y0, tuple) else (y0,)
     tableau = _tableau(method)
     adaptive = bool(tableau.errors) and steps is None
-    _check(t_span, ys, rtol, atol, steps, first_step, max_steps, adaptive, method)
+    _check(f, t_span, ys, rtol, atol, steps, first_step, max_steps, adaptive, method)
     drift: Drift = f if hasattr(f, "terms") else _Function(f, packed)
     start, end = float(t_span[0]), float(t_span[1])
     solver = _Solver(drift, tableau, start, end, tuple(y.detach().contiguous() for y in ys), packed, progress)
@@ -269,6 +269,7 @@ def _tableau(method: str | Tableau) -> Tableau:
 
 
 def _check(
+    f: Any,
     t_span: tuple[float, float],
     ys: tuple[Tensor, ...],
     rtol: float,
@@ -279,7 +280,13 @@ def _check(
     adaptive: bool,
     method: str | Tableau,
 ) -> None:
-    if len(t_span) != 2 or not all(math.isfinite(t) for t in t_span) or t_span[0] == t_span[1]:
+    if not callable(f) and not hasattr(f, "terms"):
+        raise TypeError(f"f: expected a function f(t, y) or a Drift, got {type(f).__name__}.")
+    try:
+        start, end = (float(t) for t in t_span)
+    except (TypeError, ValueError):
+        raise ValueError(f"t_span: expected a start and an end time, got {t_span!r}.") from None
+    if not (math.isfinite(start) and math.isfinite(end)) or start == end:
         raise ValueError(f"t_span: expected two different finite times, got {t_span}.")
     if not ys:
         raise ValueError("y0: expected at least one array, got an empty tuple.")
@@ -293,10 +300,10 @@ def _check(
         )
     if adaptive:
         check_tolerances(rtol, atol)
-        if first_step is not None and not 0 < first_step <= abs(t_span[1] - t_span[0]):
-            raise ValueError(f"first_step: expected a step within the interval, got {first_step}.")
-        if max_steps < 1:
-            raise ValueError(f"max_steps: expected at least 1, got {max_steps}.")
+        if first_step is not None and not (isinstance(first_step, (int, float)) and 0 < first_step <= abs(end - start)):
+            raise ValueError(f"first_step: expected a step within the interval, got {first_step!r}.")
+        if not isinstance(max_steps, int) or max_steps < 1:
+            raise ValueError(f"max_steps: expected a number of steps from 1 on, got {max_steps!r}.")
 
 
 class _Solver:
@@ -409,36 +416,42 @@ class _Solver:
         h = self.initial_step(slopes) if first_step is None else float(first_step)
         self.first_step = h
         while self.t != self.end:
-            smallest = 10 * abs(math.nextafter(self.t, self.direction * math.inf) - self.t)
-            h, rejected = max(h, smallest), False
-            while True:
-                if h < smallest:
-                    self.fail(
-                        f"the step size fell below {smallest:.1e}, the spacing of the numbers, at t = {self.t:.6g}"
-                    )
-                if len(self.step_sizes) >= max_steps:
-                    self.fail(f"max_steps = {max_steps} attempted steps did not reach the end; at t = {self.t:.6g}")
-                t_new = self.t + h * self.direction
-                if self.direction * (t_new - self.end) > 0:
-                    t_new = self.end
-                signed = t_new - self.t
-                h = abs(signed)
-                new, ks = self.stages(t_new, slopes)
-                new_slopes = self.slopes(t_new, new)
-                for k, slope in zip(ks, new_slopes, strict=True):
-                    k.append(slope)
-                norm = self.error_norm(new, ks, signed)
-                self.step_sizes.append(h)
-                self.error_norms.append(norm)
-                if not math.isfinite(norm):
-                    self.fail_not_finite(t_new, [*new, *(slope for k in ks for slope in k)])
-                accepted, h = _control(norm, h, rejected, exponent)
-                if accepted:
-                    break
-                rejected = True
-            self.accept(t_new, new)
-            slopes = new_slopes
+            slopes, h = self.step(slopes, h, exponent, max_steps)
         return self.solution(True, "reached the end of the interval")
+
+    def step(
+        self, slopes: tuple[Tensor, ...], h: float, exponent: float, max_steps: int
+    ) -> tuple[tuple[Tensor, ...], float]:
+        """Attempts with smaller and smaller h until one is accepted: the slopes at the new point, and the next h."""
+        smallest = 10 * abs(math.nextafter(self.t, self.direction * math.inf) - self.t)
+        h, rejected, overflow = max(h, smallest), False, ""
+        while True:
+            if h < smallest:
+                self.fail(f"the step size fell below {smallest:.1e}, the spacing of the numbers{overflow}")
+            if len(self.step_sizes) >= max_steps:
+                self.fail(f"max_steps = {max_steps} attempted steps did not reach the end{overflow}")
+            t_new = self.t + h * self.direction
+            if self.direction * (t_new - self.end) > 0:
+                t_new = self.end
+            h = abs(t_new - self.t)
+            new, ks = self.stages(t_new, slopes)
+            new_slopes = self.slopes(t_new, new)
+            for k, slope in zip(ks, new_slopes, strict=True):
+                k.append(slope)
+            norm = self.error_norm(new, ks, t_new - self.t)
+            self.step_sizes.append(h)
+            self.error_norms.append(norm)
+            if not math.isfinite(norm):
+                # Overflow: the step was too large, a smaller one may do. NaN alone comes from the network: none will.
+                arrays = [*new, *(slope for k in ks for slope in k)]
+                if any(bool(v.isnan().any()) for v in arrays) and not any(bool(v.isinf().any()) for v in arrays):
+                    self.fail_not_finite(t_new, arrays)
+                overflow = f", after {_not_finite(arrays)}"
+            accepted, h = _control(norm, h, rejected, exponent)
+            if accepted:
+                self.accept(t_new, new)
+                return new_slopes, h
+            rejected = True
 
     def fixed(self, steps: int) -> Solution:
         h = (self.end - self.start) / steps
@@ -455,8 +468,8 @@ class _Solver:
     # -- bookkeeping
 
     def accept(self, t: float, ys: tuple[Tensor, ...]) -> None:
-        self.bar.update(abs(t - self.t) / abs(self.end - self.start))
         self.bar.set_postfix(nfe=self.nfe, refresh=False)
+        self.bar.update(min(abs(t - self.start) / abs(self.end - self.start), 1.0) - self.bar.n)
         self.t, self.ys = t, ys
         self.times.append(t)
 
@@ -478,17 +491,21 @@ class _Solver:
 
     def fail(self, why: str) -> NoReturn:
         message = (
-            f"The integration from t = {self.start:g} to {self.end:g} stopped: {why} after {self.nfe} evaluations."
+            f"The integration from t = {self.start:g} to {self.end:g} stopped at t = {self.t:.6g} after {self.nfe} "
+            f"evaluations: {why}."
         )
         raise SolverError(message, self.solution(False, message))
 
     def fail_not_finite(self, t: float, arrays: list[Tensor]) -> NoReturn:
-        rows = bad_rows(*arrays)
-        where = f"NaN or Inf in {name_rows(rows)}" if rows else "the error estimate overflowed"
         self.fail(
-            f"{where} between t = {self.t:.6g} and {t:.6g}; "
-            "the network or the data are at fault, or the state is too large"
+            f"{_not_finite(arrays)} between there and t = {t:.6g}; the network or the data are at fault, or the state "
+            "is too large"
         )
+
+
+def _not_finite(arrays: list[Tensor]) -> str:
+    rows = bad_rows(*arrays)
+    return f"NaN or Inf in {name_rows(rows)}" if rows else "an error estimate that overflowed"
 
 
 def _control(norm: float, h: float, rejected: bool, exponent: float) -> tuple[bool, float]:

@@ -246,7 +246,8 @@ def test_sources_of_noise() -> None:
     assert torch.equal(last, ops.noise_normal(key, ids, 3, (3, 5)))
     torch.manual_seed(4)
     with noise.run("cpu"):
-        first, second = noise.normal(x), noise.normal(x)
-    assert torch.equal(first.key, second.key) and (first.draw, second.draw) == (0, 1)
+        drawn = [noise.normal_tensor(x) for _ in range(2)]
     torch.manual_seed(4)
-    assert torch.equal(noise.normal(x).key, first.key)
+    key = noise.normal(x).key
+    assert torch.equal(drawn[0], ops.noise_normal(key, None, 0, (3, 5)))
+    assert torch.equal(drawn[1], ops.noise_normal(key, None, 1, (3, 5)))

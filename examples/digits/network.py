@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from typing import Any
 
 import safetensors
@@ -17,7 +18,7 @@ from torch.nn.functional import silu
 
 from scoresde_ext.sde_lib import VESDE, VPSDE, AffineSDE, subVPSDE
 
-SDES: dict[str, type[AffineSDE]] = {"vp": VPSDE, "subvp": subVPSDE, "ve": VESDE}
+SDES: dict[str, Callable[[], AffineSDE]] = {"vp": VPSDE, "subvp": subVPSDE, "ve": VESDE}
 
 DATA_POWER = 0.7  # mean square of a pixel in [-1, 1]
 
@@ -55,6 +56,8 @@ class DigitsNetwork(nn.Module):
         sde: ``'vp'``, ``'subvp'`` or ``'ve'``, with its default constants.
         width: channels at 8x8, a multiple of 8; at 4x4 there are twice as many. 32 makes 397 thousand parameters.
     """
+
+    frequencies: Tensor
 
     def __init__(self, sde: str, width: int = 32) -> None:
         super().__init__()
