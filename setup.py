@@ -150,7 +150,7 @@ def extension() -> Extension:
             f'-DSCORESDE_EXT_NVCC="{nvcc.version}"',
             f'-DSCORESDE_EXT_CUDA_ARCHS="{archs}"',
         ]
-        nvcc_flags = ["-O3", "-Xcompiler", "-fvisibility=hidden"]
+        nvcc_flags = ["-O3", "-fmad=false", "-Xcompiler", "-fvisibility=hidden"]
         libraries = ["cudart_static", "rt", "dl", "pthread"]
         library_dirs = nvcc.library_dirs
 

@@ -43,6 +43,7 @@ def check_state(name: str, y: Any) -> None:
 
 
 def check_latent(z: Any, shape: tuple[int, ...], device: torch.device | str) -> None:
+    """A latent code is a state of the sampler's shape, on its device."""
     check_state("z", z)
     if tuple(z.shape) != shape:
         raise ValueError(f"z: expected the sampler's shape {shape}, got {tuple(z.shape)}.")
@@ -74,6 +75,7 @@ def check_tolerances(rtol: float, atol: float) -> None:
 
 
 def check_corrector(snr: float, n_steps: int) -> None:
+    """Corrector steps are counted from 0 on; the signal-to-noise ratio is not negative."""
     if not isinstance(n_steps, int) or n_steps < 0:
         raise ValueError(f"n_steps: expected a number of corrector steps from 0 on, got {n_steps!r}.")
     if not 0 <= snr < math.inf:
@@ -87,7 +89,7 @@ def bad_rows(*ys: Tensor) -> list[int]:
 
 
 def name_rows(rows: Sequence[int]) -> str:
-    """ "sample 3", "samples 0, 2, 5", "samples 0, 1, 2, 3, 4, ... (12 in all)"."""
+    """In words: "sample 3", "samples 0, 2, 5", "samples 0, 1, 2, 3, 4, ... (12 in all)"."""
     shown = ", ".join(str(r) for r in rows[:5])
     more = f", ... ({len(rows)} in all)" if len(rows) > 5 else ""
     return f"sample{'s' if len(rows) > 1 else ''} {shown}{more}"

@@ -1,4 +1,4 @@
-"""Inpainting and colorization with an unconditional network (Song et al. 2021, appendix I)."""
+"""Inpainting and colorization with an unconditional network (Song et al. 2021, appendices I.2, I.3)."""
 
 from __future__ import annotations
 
@@ -80,8 +80,8 @@ def get_pc_inpainter(
     """``inpainter(model, data, mask)`` -> images ``(B, *)``: fills in where ``mask`` is 0 and keeps ``data`` where it
     is 1.
 
-    Arguments as in :func:`scoresde_ext.sampling.get_pc_sampler`; ``mask`` has the shape of ``data`` or broadcasts to
-    it.
+    Arguments and errors as in :func:`scoresde_ext.sampling.get_pc_sampler` (eps is smaller by default); ``mask`` has
+    the shape of ``data`` or broadcasts to it.
     """
     run = _get_pc_filler(
         sde, predictor, corrector, inverse_scaler, snr, n_steps, probability_flow, continuous, denoise, eps
@@ -114,7 +114,7 @@ def get_pc_colorizer(
 ) -> Callable[[Any, Tensor], Tensor]:
     """``colorizer(model, gray)`` -> images ``(B, 3, H, W)`` for gray images stored in three equal channels.
 
-    Arguments as in :func:`scoresde_ext.sampling.get_pc_sampler`.
+    Arguments and errors as in :func:`scoresde_ext.sampling.get_pc_sampler` (eps is smaller by default).
     """
     run = _get_pc_filler(
         sde, predictor, corrector, inverse_scaler, snr, n_steps, probability_flow, continuous, denoise, eps

@@ -31,8 +31,11 @@ class Tableau:
     sum_j b[j] k_j``.
 
     Adaptive methods evaluate once more at the new point, which is the first slope of the next step; ``errors`` are
-    coefficients of the error estimates over all slopes, that one included, and ``error_order`` is the order of the
-    estimate.
+    coefficients of the error estimates over all slopes, that one included (one row, or two that are
+    combined as DOP853's), and ``error_order`` is the order of the estimate.
+
+    Raises:
+        ValueError: the parts do not fit together.
     """
 
     a: tuple[tuple[float, ...], ...]
@@ -41,6 +44,13 @@ class Tableau:
     order: int
     errors: tuple[tuple[float, ...], ...] = ()
     error_order: int = 0
+
+    def __post_init__(self) -> None:
+        n = len(self.b)
+        if n < 1 or len(self.c) != n or [len(row) for row in self.a] != list(range(n)):
+            raise ValueError(f"a, b, c: expected rows of 0 to {n - 1} numbers in a, and {n} in b and c each.")
+        if len(self.errors) > 2 or any(len(row) != n + 1 for row in self.errors):
+            raise ValueError(f"errors: expected at most two rows of {n + 1} numbers, one a slope.")
 
 
 EULER = Tableau(a=((),), b=(1.0,), c=(0.0,), order=1)
@@ -174,7 +184,7 @@ class Solution:
         t: time reached: the end of the interval where ``success``.
         nfe: evaluations of the right-hand side.
         n_accepted, n_rejected: steps.
-        success: whether the end was reached.
+        success: whether the end was reached; False only in ``SolverError.solution``.
         message: how it ended.
         times: times of the accepted steps, the start included.
         step_sizes, error_norms: of every attempted step; accepted iff the norm is below 1.
@@ -234,7 +244,8 @@ def solve(
         method: ``RK23 RK45 DOP853`` (adaptive), ``euler midpoint heun rk4`` (fixed steps), or a :class:`Tableau`.
         rtol, atol: tolerances of the adaptive methods: an error of ``atol + rtol max(|y|, |y_new|)`` an element is
             allowed.
-        steps: number of equal steps of a fixed-step method, required there.
+        steps: number of equal steps; required by a fixed-step method. With an adaptive one, its formula is run in fixed
+            steps, and the tolerances are not used.
         first_step: first step size of an adaptive method; chosen by scipy's rule if None.
         max_steps: attempted steps of an adaptive method after which it gives up.
         progress: show a progress bar on a terminal.

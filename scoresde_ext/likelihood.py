@@ -1,4 +1,4 @@
-"""Exact likelihoods through the probability-flow ODE (Song et al. 2021, appendix D.2).
+"""Exact likelihoods through the probability-flow ODE (Song et al. 2021, appendix D.2, eq. 39, 40).
 
 ``log p_0(x) = log p_T(x(T)) + integral of div(drift) dt``; the divergence is estimated by ``eps^T (d drift / dx) eps``
 with one random ``eps`` a solve (Skilling 1989; Hutchinson 1990). Drift and divergence of an evaluation share one

@@ -99,20 +99,21 @@ def get_sde_loss_fn(
         reduce_mean: average over the elements of a sample; else half the sum.
         continuous: whether the network is trained on continuous times, see
             :func:`scoresde_ext.models.utils.get_score_fn`.
-        likelihood_weighting: weight g(t)^2 (Song et al. 2021, "Maximum likelihood training") instead of std(t)^2.
+        likelihood_weighting: weight g(t)^2 (Song, Durkan, Murray, Ermon 2021) instead of std(t)^2.
         eps: smallest time.
 
     The batch has shape ``(B, *)`` and any floating dtype; the loss is a number in float32 (float64 for float64 data).
 
     Raises:
-        ValueError: eps outside (0, T); a batch that is not floating point; a network output of another shape.
+        ValueError: eps outside (0, T); a batch that is not floating point, or holds NaN or Inf (looked for on the CPU
+            alone); a network output of another shape.
     """
     check_eps(eps, sde.T)
 
     def loss_fn(model: Any, batch: Tensor) -> Tensor:
         _check_batch(batch)
         mutils.ensure_mode(model, train)
-        score_fn = mutils.make_score_fn(sde, mutils._Network(model), continuous)
+        score_fn = mutils.make_score_fn(sde, mutils.CheckedNetwork(model), continuous)
         u = noise.uniform(batch.new_empty(len(batch), dtype=_time_dtype(batch)))
         t = u * (sde.T - eps) + eps
         draw = noise.normal(batch)
@@ -148,7 +149,8 @@ def _plain_loss(
 
 
 def get_smld_loss_fn(vesde: VESDE, train: bool, reduce_mean: bool = False) -> LossFn:
-    """``loss_fn(model, batch)``: the loss of SMLD on the discrete noise levels, largest first (Song and Ermon 2019)."""
+    """``loss_fn(model, batch)``: the loss of SMLD on the discrete noise levels, largest first (Song and Ermon 2019;
+    Song et al. 2021, eq. 1). Batch, result and errors as in :func:`get_sde_loss_fn`; AssertionError for another SDE."""
     if not isinstance(vesde, VESDE):
         raise AssertionError(f"vesde: SMLD training works for VESDE alone, got {type(vesde).__name__}.")
     sigmas_descending = torch.flip(vesde.discrete_sigmas, dims=(0,))
@@ -159,7 +161,7 @@ def get_smld_loss_fn(vesde: VESDE, train: bool, reduce_mean: bool = False) -> Lo
         labels = noise.integers(vesde.N, batch.new_empty(len(batch)))
         sigmas = sigmas_descending.to(batch.device, _time_dtype(batch))[labels]
         draw = noise.normal(batch)
-        out = mutils._Network(model)(ops.perturb(batch, 1.0, sigmas, draw), labels)
+        out = mutils.CheckedNetwork(model)(ops.perturb(batch, 1.0, sigmas, draw), labels)
         # (score + z / sigma)^2 sigma^2
         return ops.score_loss(out, sigmas, 1.0, _reduction(batch, reduce_mean), draw).sum()
 
@@ -168,7 +170,8 @@ def get_smld_loss_fn(vesde: VESDE, train: bool, reduce_mean: bool = False) -> Lo
 
 def get_ddpm_loss_fn(vpsde: VPSDE, train: bool, reduce_mean: bool = True) -> LossFn:
     """``loss_fn(model, batch)``: the loss of DDPM on the discrete steps; the network predicts the noise (Ho et al.
-    2020)."""
+    2020; Song et al. 2021, eq. 3). Batch, result and errors as in :func:`get_sde_loss_fn`; AssertionError for another
+    SDE."""
     if not isinstance(vpsde, VPSDE):
         raise AssertionError(f"vpsde: DDPM training works for VPSDE alone, got {type(vpsde).__name__}.")
 
@@ -180,7 +183,7 @@ def get_ddpm_loss_fn(vpsde: VPSDE, train: bool, reduce_mean: bool = True) -> Los
         m = vpsde.sqrt_alphas_cumprod.to(batch.device, dtype)[labels]
         std = vpsde.sqrt_1m_alphas_cumprod.to(batch.device, dtype)[labels]
         draw = noise.normal(batch)
-        out = mutils._Network(model)(ops.perturb(batch, m, std, draw), labels)
+        out = mutils.CheckedNetwork(model)(ops.perturb(batch, m, std, draw), labels)
         # (out - z)^2
         return ops.score_loss(out, 1.0, -1.0, _reduction(batch, reduce_mean), draw).sum()
 

@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from . import ops
 from .reference import Draw
 
-__all__ = ["integers", "normal", "prior", "replay", "run", "seeds", "torch_draws", "uniform"]
+__all__ = ["integers", "normal", "normal_tensor", "prior", "replay", "run", "seeds", "torch_draws", "uniform"]
 
 
 class Source(Protocol):
@@ -62,27 +62,30 @@ class _Streams:
     """One key, and a count of the draws made from it."""
 
     def __init__(self, key: Tensor, ids: Tensor | None) -> None:
-        self.key, self.ids, self.draws = key, ids, 0
+        self.key, self.ids = key, ids
+        self.one_draw = torch.tensor([0, 1], device=key.device)
 
-    def _next(self, like: Tensor) -> Draw:
+    def _next(self, like: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.key.device != like.device:
-            self.key = self.key.to(like.device)
+            self.key, self.one_draw = self.key.to(like.device), self.one_draw.to(like.device)
             self.ids = None if self.ids is None else self.ids.to(like.device)
         if self.ids is not None and len(self.ids) != len(like):
             raise ValueError(f"ids: expected one stream id a sample, {len(like)}, got {len(self.ids)}.")
-        self.draws += 1
-        return Draw(None, self.key, self.ids, self.draws - 1)
+        # The count is part of the key, a tensor: as a number it would be a constant of a compiled or captured graph.
+        key, self.key = self.key, self.key + self.one_draw
+        return key, self.ids
 
     def normal(self, like: Tensor) -> Draw:
-        return self._next(like)
+        key, ids = self._next(like)
+        return Draw(key=key, ids=ids)
 
     def uniform(self, like: Tensor) -> Tensor:
-        draw = self._next(like).draw
-        return ops.noise_uniform(self.key, self.ids, draw, like.shape).to(like.dtype)
+        key, ids = self._next(like)
+        return ops.noise_uniform(key, ids, 0, like.shape).to(like.dtype)
 
     def integers(self, high: int, like: Tensor) -> Tensor:
-        draw = self._next(like).draw
-        return ops.noise_integers(self.key, self.ids, draw, like.shape, high)
+        key, ids = self._next(like)
+        return ops.noise_integers(key, ids, 0, like.shape, high)
 
 
 class _Replay:
@@ -170,6 +173,9 @@ def seeds(seed: int, ids: Tensor | Sequence[int]) -> Iterator[None]:
     Args:
         seed: any integer of 64 bits.
         ids: int64 ``(B,)``, one stream a sample.
+
+    Raises:
+        ValueError: ids that are not integers ``(B,)``, a seed beyond 64 bits; a draw for a batch of another size.
     """
     ids = torch.as_tensor(ids)
     if ids.dim() != 1 or ids.dtype.is_floating_point or ids.dtype in (torch.bool, torch.complex64, torch.complex128):
@@ -227,7 +233,8 @@ class _TorchDraws(TorchFunctionMode):
 
 def torch_draws() -> AbstractContextManager[Any]:
     """For code of the user's own that calls torch.randn, torch.rand or their ``_like`` forms: under ``replay`` and
-    ``seeds`` they are answered from the source in force. Without these contexts nothing changes."""
+    ``seeds`` they are answered from the source in force. Without these contexts nothing changes. A generator handed to
+    torch.randn is not used then; integers and in-place draws stay torch's."""
     return nullcontext() if isinstance(_in_force.source, _Generator) else _TorchDraws()
 
 

@@ -142,7 +142,7 @@ def affine_noise(
 
 
 def perturb(x0: Tensor, m: Tensor | float, s: Tensor | float, draw: Draw) -> Tensor:
-    """``m x0 + s z``, a sample of the transition kernel N(m x_0, s^2) (Song et al. 2021, section 3.3)."""
+    """``m x0 + s z``, a sample of the transition kernel N(m x_0, s^2) (Song et al. 2021, eq. 29)."""
     _state("x0", x0)
     ms, ss, noise = _number("m", m, x0), _number("s", s, x0), _noise(draw, x0)
     if _needs_reference(ms, ss):
@@ -176,16 +176,20 @@ def score_loss(
         z = None if draw is None else Draw(materialize(draw, out))
         return reference.score_loss(out, cs, ds, ws, z)[0].to(_compute_dtype(out))
     with_grad = c is not None and out.requires_grad and torch.is_grad_enabled()
-    return _op("score_loss", out)(out, cs, ds, ws, *noise, with_grad)[0]
+    shape_only = c is None  # then nothing depends on the values of out
+    return _op("score_loss", out)(out.detach() if shape_only else out, cs, ds, ws, *noise, with_grad)[0]
 
 
 # ---- Runge-Kutta ----
 
 
 def rk_stage(y: Tensor, ks: Sequence[Tensor], a: Sequence[float], h: Tensor | float) -> Tensor:
-    """``y + h sum_j a_j k_j``. Zero coefficients are skipped."""
+    """``y + h sum_j a_j k_j``: at most 16 slopes, ``a`` one Python number a slope, ``h`` a number or ``(B,)``."""
     _state("y", y)
-    return _op("rk_stage", y)(y, [_array("ks", k, y) for k in ks], a, _number("h", h, y))
+    slopes, hs = [_array("ks", k, y) for k in ks], _number("h", h, y)
+    if _needs_reference(y, hs, *slopes):
+        return reference.rk_stage(y, slopes, a, hs)
+    return _op("rk_stage", y)(y, slopes, a, hs)
 
 
 def rk_drift_stage(
@@ -205,18 +209,22 @@ def rk_drift_stage(
     """
     _state("y", y)
     slopes, xs, outs = [_array("ks", k, y) for k in ks], _array("x", x, y), _array("out", out, y)
-    op = _op("rk_drift_stage", y)
-    return op(y, slopes, a, _number("h", h, y), xs, outs, _number("f", f, y), _number("q", q, y))
+    hs, fs, qs = _number("h", h, y), _number("f", f, y), _number("q", q, y)
+    if _needs_reference(y, hs, xs, outs, fs, qs, *slopes):
+        return reference.rk_drift_stage(y, slopes, a, hs, xs, outs, fs, qs)
+    return _op("rk_drift_stage", y)(y, slopes, a, hs, xs, outs, fs, qs)
 
 
 def rk_error(
     y0: Tensor, y1: Tensor, ks: Sequence[Tensor], e: Sequence[float], h: Tensor | float, rtol: float, atol: float
 ) -> Tensor:
     """Each sample's sum over elements of ``(h sum_j e_j k_j / (atol + rtol max(|y0|, |y1|)))^2``: float64, shape
-    ``(B,)``."""
+    ``(B,)``. NaN in either state gives NaN."""
     _state("y0", y0)
-    slopes = [_array("ks", k, y0) for k in ks]
-    return _op("rk_error", y0)(y0, _array("y1", y1, y0), slopes, e, _number("h", h, y0), rtol, atol)
+    y1s, slopes, hs = _array("y1", y1, y0), [_array("ks", k, y0) for k in ks], _number("h", h, y0)
+    if _needs_reference(y0, y1s, hs, *slopes):
+        return reference.rk_error(y0, y1s, slopes, e, hs, rtol, atol)
+    return _op("rk_error", y0)(y0, y1s, slopes, e, hs, rtol, atol)
 
 
 def rk_control(norm: Tensor, h: Tensor, after_rejection: Tensor, exponent: float) -> Tensor:
@@ -250,7 +258,8 @@ def _generated(key: Any, ids: Any, size: Sequence[int]) -> None:
 
 
 def noise_normal(key: Tensor, ids: Tensor | None, draw: int, size: Sequence[int]) -> Tensor:
-    """Standard normals of shape ``size = (B, *)``, float32. See :class:`Draw` for the arguments."""
+    """Standard normals of shape ``size = (B, *)``, float32, within 4 ulp of the exact formula (Box and Muller 1958, on
+    Philox4x32-10, Salmon et al. 2011). See :class:`Draw` for the arguments; ValueError for a wrong one."""
     _generated(key, ids, size)
     return _op("noise_normal", key)(key, ids, draw, size)
 

@@ -66,7 +66,8 @@ def perturb(x0: Tensor, m: Tensor | float, s: Tensor | float, draw: Draw) -> Ten
 def score_loss(
     out: Tensor, c: Tensor | float | None, d: Tensor | float | None, w: Tensor | float, draw: Draw | None
 ) -> tuple[Tensor, Tensor]:
-    """r = c out + d z; loss = w sum r^2 over each sample; gradient = d loss / d out = 2 w c r"""
+    """r = c out + d z; loss = w sum r^2 over each sample; gradient = d loss / d out = 2 w c r.
+    (The op keeps 2 c r in half precision, and multiplies by w in the backward pass.)"""
     r = torch.zeros_like(out)
     if c is not None:
         r = r + rows(c, out) * out
@@ -118,8 +119,7 @@ def rk_control(norm: Tensor, h: Tensor, after_rejection: Tensor, exponent: float
     return torch.stack([accepted.to(h.dtype), h * factor])
 
 
-# ---- counter-based noise
-# -------------------------------------------------------------------------------------------------------------
+# ---- counter-based noise ----
 
 _LOW = 0xFFFFFFFF
 

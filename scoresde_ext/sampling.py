@@ -101,22 +101,22 @@ def _update(x: Tensor, out: Tensor | None, p: Any, q: Any, n: Any) -> tuple[Tens
 
 @register_predictor(name="euler_maruyama")
 class EulerMaruyamaPredictor(Predictor):
-    """Euler-Maruyama with step 1/N."""
+    """Euler-Maruyama with step T/N (Song et al. 2021, eq. 6 and section 4.1; with probability_flow eq. 13)."""
 
     def update_fn(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         check_inputs(x, t, self.sde.T)
-        dt = -1.0 / self.rsde.N
+        dt = -self.rsde.T / self.rsde.N
         if type(self.rsde) is ReverseSDE and is_affine(self.sde):
-            f, out, q = self.rsde.sde_terms(x, t)
-            diffusion = 0.0 if self.rsde.probability_flow else self.sde.sde_coefficients(t)[1]
-            return _update(x, out, 1.0 + f * dt, q * dt, diffusion * math.sqrt(-dt))
+            f, out, q, g = self.rsde.sde_terms(x, t)
+            return _update(x, out, 1.0 + f * dt, q * dt, g * math.sqrt(-dt))
         drift, diffusion = self.rsde.sde(x, t)
         return _update(x, drift, 1.0, dt, diffusion * math.sqrt(-dt))
 
 
 @register_predictor(name="reverse_diffusion")
 class ReverseDiffusionPredictor(Predictor):
-    """The reverse of the forward SDE's own discretisation (Song et al. 2021, eq. 46)."""
+    """The reverse of the forward SDE's own discretisation (Song et al. 2021, eq. 46; with probability_flow
+    appendix D.3)."""
 
     def update_fn(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         check_inputs(x, t, self.sde.T)
@@ -129,7 +129,13 @@ class ReverseDiffusionPredictor(Predictor):
 
 @register_predictor(name="ancestral_sampling")
 class AncestralSamplingPredictor(Predictor):
-    """Ancestral sampling of DDPM (VP) and its counterpart for SMLD (VE) (Song et al. 2021, eq. 4 and appendix F)."""
+    """Ancestral sampling of DDPM (VP) and its counterpart for SMLD (VE) (Song et al. 2021, eq. 4 and
+    eq. 47).
+
+    Raises:
+        NotImplementedError: another SDE.
+        AssertionError: probability_flow, which it does not have.
+    """
 
     def __init__(self, sde: SDE, score_fn: ScoreFn, probability_flow: bool = False) -> None:
         super().__init__(sde, score_fn, probability_flow)
@@ -192,7 +198,8 @@ class Corrector(abc.ABC):
 @register_corrector(name="langevin")
 class LangevinCorrector(Corrector):
     """Langevin dynamics, ``x_mean = x + e score, x = x_mean + sqrt(2 e) z`` with ``e = 2 alpha (snr |z| / |score|)^2``,
-    the norms averaged over the batch (Song et al. 2021, algorithms 4 and 5)."""
+    the norms averaged over the batch (Song et al. 2021, eq. 2, algorithms 4 and 5). alpha of a VP process is 1 -
+    beta_i, as upstream has it."""
 
     def update_fn(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         check_inputs(x, t, self.sde.T)
@@ -334,7 +341,7 @@ def get_pc_sampler(
         n_steps: corrector steps a predictor step.
         probability_flow: predictor along the ODE.
         continuous: whether the network was trained on continuous times.
-        denoise: return the last mean, without its noise.
+        denoise: return the last mean, without its noise (appendix G).
         eps: last time.
         device: where to sample.
         progress: a progress bar on a terminal.
@@ -402,7 +409,7 @@ def get_ode_sampler(
     progress: bool = False,
 ) -> Callable[..., tuple[Tensor, int]]:
     """``sampler(model, z=None)`` -> ``(samples, nfe)``: the probability-flow ODE from T to eps (Song et al. 2021,
-    section 4.3).
+    section 4.3, eq. 13).
 
     Args:
         sde: the forward SDE.
@@ -410,8 +417,8 @@ def get_ode_sampler(
         inverse_scaler: maps the network's data range to the samples' range.
         denoise: end with one noise-free step of the reverse-diffusion predictor at eps (not counted).
         rtol, atol: tolerances, with scipy's meaning.
-        method: ``RK23 RK45 DOP853`` run on the device; another name or ``OdeSolver`` class of scipy's runs there,
-            slowly.
+        method: ``RK23 RK45 DOP853``, or an adaptive :class:`integrate.Tableau`, run on the device; another name or
+            ``OdeSolver`` class of scipy's runs there, slowly.
         eps: last time.
         device: where to sample.
         progress: a progress bar on a terminal.
@@ -420,7 +427,7 @@ def get_ode_sampler(
 
     Raises:
         ValueError: an argument is wrong; before any evaluation.
-        SolverError: the integration failed; ``.solution`` holds what was reached.
+        SolverError: the integration failed; ``.solution`` holds what was reached (None where scipy integrated).
     """
     shape = check_shape(shape)
     check_eps(eps, sde.T)
@@ -453,7 +460,7 @@ def solve_ode(
     progress: bool,
 ) -> tuple[tuple[Tensor, ...], int]:
     """Our integrator for the adaptive methods it has, scipy for the others: ``(final parts, nfe)``."""
-    if method in integrate.ADAPTIVE:
+    if method in integrate.ADAPTIVE or (isinstance(method, integrate.Tableau) and method.errors):
         solution = integrate.solve(drift, t_span, ys, method, rtol=rtol, atol=atol, progress=progress)
         return solution.y, solution.nfe
     return _solve_with_scipy(drift, t_span, ys, method, rtol, atol)

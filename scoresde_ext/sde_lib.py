@@ -58,7 +58,9 @@ class SDE(abc.ABC):
 
     @abc.abstractmethod
     def sde(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Drift ``(B, *)`` and diffusion ``(B,)`` at states ``x`` and times ``t``."""
+        """Drift ``(B, *)`` and diffusion ``(B,)`` at states ``x`` and times ``t`` ``(B,)``. The classes of this module
+        raise ValueError for another shape, dtype or device of either, and for a time outside [0, T]; so do
+        :meth:`marginal_prob` and :meth:`discretize`."""
 
     @abc.abstractmethod
     def marginal_prob(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,8 +75,8 @@ class SDE(abc.ABC):
         """log p_T(z) of each sample, ``(B,)``, in nats."""
 
     def discretize(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """``x_{i+1} = x_i + f + G z_i``: f ``(B, *)`` and G ``(B,)``. Here Euler-Maruyama with step 1/N."""
-        dt = 1 / self.N
+        """``x_{i+1} = x_i + f + G z_i``: f ``(B, *)`` and G ``(B,)``. Here Euler-Maruyama with step T/N."""
+        dt = self.T / self.N
         drift, diffusion = self.sde(x, t)
         return drift * dt, diffusion * math.sqrt(dt)
 
@@ -98,12 +100,12 @@ class ReverseSDE(SDE):
     def T(self) -> float:
         return self.forward.T
 
-    def sde_terms(self, x: Tensor, t: Any) -> tuple[Any, Tensor, Any]:
-        """``(f, out, q)`` with drift = f x + q out, where the forward SDE is affine; ``out`` is the raw network output
-        where it can be."""
+    def sde_terms(self, x: Tensor, t: Tensor) -> tuple[Any, Tensor, Any, Any]:
+        """``(f, out, q, g)`` with drift f x + q out and diffusion g, where the forward SDE is affine; ``out`` is the
+        raw network output where it can be."""
         f, g = self.forward.sde_coefficients(t)  # type: ignore[attr-defined]
         out, k = score_terms(self.score_fn, x, t)
-        return f, out, -self._score_weight * g * g * k
+        return f, out, -self._score_weight * g * g * k, 0.0 if self.probability_flow else g
 
     def discrete_terms(self, x: Tensor, t: Tensor) -> tuple[Any, Tensor, Any, Any]:
         """``(f, out, q, G)`` with ``x_i = x_{i+1} - (f x + q out) + G z``."""
@@ -114,23 +116,19 @@ class ReverseSDE(SDE):
     def sde(self, x: Tensor, t: Tensor) -> tuple[Tensor, Any]:
         check_inputs(x, t, self.T)
         if is_affine(self.forward):
-            f, out, q = self.sde_terms(x, t)
-            drift = ops.affine(x, out, f, q)
-            diffusion = self.forward.sde_coefficients(t)[1]
-        else:
-            drift, diffusion = self.forward.sde(x, t)
-            drift = drift - rows(self._score_weight * diffusion * diffusion, x) * self.score_fn(x, t)
+            f, out, q, diffusion = self.sde_terms(x, t)
+            return ops.affine(x, out, f, q), diffusion
+        drift, diffusion = self.forward.sde(x, t)
+        drift = drift - rows(self._score_weight * diffusion * diffusion, x) * self.score_fn(x, t)
         return drift, 0.0 if self.probability_flow else diffusion
 
     def discretize(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         check_inputs(x, t, self.T)
         if is_affine(self.forward):
-            f, out, q, _ = self.discrete_terms(x, t)
-            step = ops.affine(x, out, f, q)
-            noise = self.forward.discrete_coefficients(t)[1]
-        else:
-            step, noise = self.forward.discretize(x, t)
-            step = step - rows(self._score_weight * noise * noise, x) * self.score_fn(x, t)
+            f, out, q, noise = self.discrete_terms(x, t)
+            return ops.affine(x, out, f, q), noise if isinstance(noise, Tensor) else torch.zeros_like(t)
+        step, noise = self.forward.discretize(x, t)
+        step = step - rows(self._score_weight * noise * noise, x) * self.score_fn(x, t)
         return step, torch.zeros_like(noise) if self.probability_flow else noise
 
     def marginal_prob(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,7 +149,13 @@ def score_terms(score_fn: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Any)
 
 
 class AffineSDE(SDE):
-    """An SDE ``dx = f(t) x dt + g(t) dw``, given by its coefficients. See the head of this module."""
+    """An SDE ``dx = f(t) x dt + g(t) dw``, given by its coefficients; ``f = d log m / dt``, ``g^2 = d s^2 / dt - 2 f
+    s^2``.
+
+    A subclass gives :meth:`marginal_coefficients` and :meth:`sde_coefficients`; ``t`` is float32 or float64 ``(B,)``
+    and so are the results. (The integrator asks with one float64 time on the CPU: compute from ``t`` and numbers
+    alone.) The prior is N(0, 1): override ``prior_sampling`` and ``prior_logp`` where s(T) is another.
+    """
 
     @property
     def T(self) -> float:
@@ -166,9 +170,10 @@ class AffineSDE(SDE):
         """``f(t), g(t)``: drift f x, diffusion g."""
 
     def discrete_coefficients(self, t: Any) -> tuple[Any, Any]:
-        """``f, G`` of ``x_{i+1} = x_i + f x_i + G z_i``. Here Euler-Maruyama with step 1/N."""
+        """``f, G`` of ``x_{i+1} = x_i + f x_i + G z_i``. Here Euler-Maruyama with step T/N."""
         f, g = self.sde_coefficients(t)
-        return f / self.N, g * math.sqrt(1 / self.N)
+        dt = self.T / self.N
+        return f * dt, g * math.sqrt(dt)
 
     def sde(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         check_inputs(x, t, self.T)
@@ -256,11 +261,15 @@ class _DiscreteVP(AffineSDE):
 
 
 class VPSDE(_DiscreteVP):
-    """Variance preserving: dx = -beta(t)/2 x dt + sqrt(beta(t)) dw (Song et al. 2021, eq. 11, 33).
+    """Variance preserving: dx = -beta(t)/2 x dt + sqrt(beta(t)) dw (Song et al. 2021, eq. 11; with
+    this beta eq. 32, its transition kernel eq. 33).
 
     Args:
         beta_min, beta_max: beta(0) and beta(1).
-        N: discretisation steps.
+        N: discretisation steps; above beta_max where the discrete process is used.
+
+    Raises:
+        ValueError: not 0 < beta_min <= beta_max < inf, or N not a positive whole number.
     """
 
     def marginal_coefficients(self, t: Any) -> tuple[Any, Any]:
@@ -272,13 +281,14 @@ class VPSDE(_DiscreteVP):
         return -0.5 * beta, sqrt(beta)
 
     def discrete_coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """DDPM: x_{i+1} = sqrt(alpha_i) x_i + sqrt(beta_i) z_i (Ho et al. 2020)."""
+        """DDPM: x_{i+1} = sqrt(alpha_i) x_i + sqrt(beta_i) z_i (Ho et al. 2020; Song et al. 2021,
+        eq. 10)."""
         return self.discrete_alpha(t).sqrt() - 1.0, self.discrete_beta(t).sqrt()
 
 
 class subVPSDE(_DiscreteVP):
-    """Sub-variance preserving: VP's drift, g^2 = beta(t) (1 - exp(-2 integral of beta)) (Song et al. 2021, eq. 12,
-    29)."""
+    """Sub-variance preserving: VP's drift, g^2 = beta(t) (1 - exp(-2 integral of beta)) (Song et al. 2021, eq. 12;
+    its transition kernel eq. 34). Arguments and errors are those of VPSDE; discretised by Euler-Maruyama."""
 
     def marginal_coefficients(self, t: Any) -> tuple[Any, Any]:
         log_mean = self.log_mean(t)
@@ -291,11 +301,14 @@ class subVPSDE(_DiscreteVP):
 
 class VESDE(AffineSDE):
     """Variance exploding: dx = sigma(t) sqrt(2 log(sigma_max / sigma_min)) dw, sigma(t) geometric (Song et al. 2021,
-    eq. 9, 30).
+    eq. 9; with this sigma eq. 30, its transition kernel eq. 31). The prior is N(0, sigma_max^2).
 
     Args:
         sigma_min, sigma_max: sigma(0) and sigma(1).
         N: discretisation steps.
+
+    Raises:
+        ValueError: not 0 < sigma_min <= sigma_max < inf, or N not a positive whole number.
     """
 
     def __init__(self, sigma_min: float = 0.01, sigma_max: float = 50, N: int = 1000) -> None:
@@ -318,7 +331,8 @@ class VESDE(AffineSDE):
         return zero, self.sigma(t) * math.sqrt(2 * math.log(self.sigma_max / self.sigma_min))
 
     def discrete_coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """SMLD: x_{i+1} = x_i + sqrt(sigma_i^2 - sigma_{i-1}^2) z_i, with sigma_{-1} = 0 (Song and Ermon 2019)."""
+        """SMLD: x_{i+1} = x_i + sqrt(sigma_i^2 - sigma_{i-1}^2) z_i, with sigma_{-1} = 0 (Song and Ermon 2019; Song
+        et al. 2021, eq. 8)."""
         sigma, below = self.adjacent_sigmas(t)
         return torch.zeros_like(t), torch.sqrt(sigma**2 - below**2)
 

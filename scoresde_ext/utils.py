@@ -12,7 +12,7 @@ import torch
 
 def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
     """Writes ``{'optimizer', 'model', 'ema', 'step'}``, first to a temporary name beside ``path``: no half-written
-    checkpoint is ever left."""
+    checkpoint is ever left. ``state`` has the same keys."""
     saved = {
         "optimizer": state["optimizer"].state_dict(),
         "model": state["model"].state_dict(),

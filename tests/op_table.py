@@ -1,8 +1,8 @@
 """The ops on batches as a table: what each is called with. One test then covers all of them.
 
-A test makes the arguments with :func:`arguments`, calls the kernels with ``op.call(ops, v)`` and the plain torch code with
-``op.call(reference, v)``. What the kernels should give is the reference in float64 on the same rounded numbers; how far
-they may be from it follows from the magnitude of the terms, which is the reference again, on absolute values.
+A test makes the arguments with :func:`arguments`, calls the kernels with ``op.call(ops, v)`` and the plain torch code
+with ``op.call(reference, v)``. What the kernels should give is the reference in float64 on the same rounded numbers;
+how far they may be from it follows from the magnitude of the terms: the reference again, on absolute values.
 """
 
 from collections.abc import Callable, Iterator
@@ -148,11 +148,11 @@ def expected(op: Op, v: Arguments) -> tuple[Tensor, ...]:
 def tolerances(op: Op, v: Arguments, noise_ulp: int) -> Iterator[Tensor]:
     """How far each element of each result may be from the exact one.
 
-    Every product and sum of the compute type rounds by at most half an eps of the terms it has met: at most eight of them
-    in a row here, a number written as a fraction and the square of a sum included. Sums over a sample add: a lane takes 64
-    squares one after the other, half an eps each. The result is then rounded to the type it is stored in: half an eps of
-    it, or of the smallest normal number, below which numbers are evenly spaced. (Gradients of the loss twice: in half
-    precision they are kept without their weight.)
+    Every product and sum of the compute type rounds by at most half an eps of the terms it has met: at most eight of
+    them in a row here, a number written as a fraction and the square of a sum included. Sums over a sample add: a lane
+    takes 64 squares one after the other, half an eps each. The result is then rounded to the type it is stored in: half
+    an eps of it, or of the smallest normal number, below which numbers are evenly spaced. (Gradients of the loss twice:
+    in half precision they are kept without their weight.)
     """
     roundings = 2 if op is OPS["score_loss and gradient"] else 1
     exact = in_float64(op, v)
@@ -165,9 +165,11 @@ def tolerances(op: Op, v: Arguments, noise_ulp: int) -> Iterator[Tensor]:
 
 
 def check(op: Op, v: Arguments, results: tuple[Tensor, ...], noise_ulp: int = 0) -> None:
-    """Values, dtypes, shapes and strides of what the kernels gave; ``noise_ulp``: how far its noise may be from ours."""
+    """Values, dtypes, shapes and strides of what kernels gave. ``noise_ulp``: how far their noise may be from ours."""
     first = v[op.arrays[0]]
-    for result, right, tolerance, is_sum in zip(results, expected(op, v), tolerances(op, v, noise_ulp), op.sums, strict=True):
+    for result, right, tolerance, is_sum in zip(
+        results, expected(op, v), tolerances(op, v, noise_ulp), op.sums, strict=True
+    ):
         if is_sum:
             assert result.dtype in (compute_dtype(first.dtype), torch.float64)
             assert result.shape == first.shape[:1]

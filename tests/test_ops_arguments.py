@@ -67,7 +67,9 @@ def rows() -> list[Any]:
                     table.append(pytest.param(op_name, name, spoil, id=f"{op_name}-{name}-{problem}"))
         if op.arrays[0] != "shape":
             no_dimensions = BAD_ARRAYS["no dimensions"]
-            table.append(pytest.param(op_name, op.arrays[0], no_dimensions, id=f"{op_name}-{op.arrays[0]}-no dimensions"))
+            table.append(
+                pytest.param(op_name, op.arrays[0], no_dimensions, id=f"{op_name}-{op.arrays[0]}-no dimensions")
+            )
         for name in op.coefficients:
             for problem, spoil in BAD_COEFFICIENTS.items():
                 # score_loss takes None for c and d
@@ -84,7 +86,7 @@ def test_arrays_and_coefficients(op_name: str, name: str, spoil: Callable[[Tenso
     if name == op.arrays[0] and isinstance(changed[name], Tensor) and changed[name].dim() == 0:
         # Everything else has to go with it, or that would be what is wrong.
         changed = {n: changed[name] if n in op.arrays else value for n, value in changed.items()}
-        changed |= {n: 1.0 for n in op.coefficients}
+        changed |= dict.fromkeys(op.coefficients, 1.0)
         if op.noise:
             changed["draw"] = Draw(z=changed[name])
     call = ops_call(op_name)
@@ -164,7 +166,7 @@ def test_samples_too_long_for_a_stream(op_name: str) -> None:
     """2^34 elements have a block number of 32 bits. Nothing of that size is allocated to find out."""
     op = NOISY[op_name]
     long = torch.zeros(1).expand(1, 2**34 + 1)
-    v = arguments(op, (1, 1), torch.float32) | {n: long for n in op.arrays} | {"draw": Draw(key=KEY)}
+    v = arguments(op, (1, 1), torch.float32) | dict.fromkeys(op.arrays, long) | {"draw": Draw(key=KEY)}
     with pytest.raises(ValueError, match=r"2\^34 elements a sample"):
         ops_call(op_name)(v)
 

@@ -58,7 +58,10 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
             (array(f32, False), column(f32), None, column(f32, 1), None, None, None, 0, False),
             (array(f32, False), None, column(f32), column(f32), *array_noise, False),
         ],
-        "rk_stage": [(array(f32, False), slopes(2), [0.5, 0.0], column(f32)), (array(bf16, False), [], [], column(f32, 1))],
+        "rk_stage": [
+            (array(f32, False), slopes(2), [0.5, 0.0], column(f32)),
+            (array(bf16, False), [], [], column(f32, 1)),
+        ],
         "rk_drift_stage": [
             (array(f32, False), slopes(1), [0.5, 2.0], column(f32, 1), *slopes(2), column(f32), column(f32))
         ],
@@ -74,7 +77,9 @@ SAMPLES = samples()
 
 
 def test_samples_cover_every_operator() -> None:
-    registered = {s.split("::")[1].split(".")[0] for s in torch._C._dispatch_get_all_op_names() if "scoresde_ext::" in s}
+    registered = {
+        s.split("::")[1].split(".")[0] for s in torch._C._dispatch_get_all_op_names() if "scoresde_ext::" in s
+    }
     assert registered == set(SAMPLES)
 
 
@@ -104,7 +109,10 @@ FUNCTIONS: dict[str, tuple[int, Callable[..., Any]]] = {
     "score_loss summed": (1, lambda out: ops.score_loss(out, C[0], C[1], C[2], STREAM).sum()),
     "score_loss, cubed": (1, lambda out: ops.score_loss(out, C[0], C[1], C[2], STREAM) ** 3),
     "score_loss of out, z": (2, lambda out, z: ops.score_loss(out, C[0], C[1], C[2], Draw(z=z))),
-    "score_loss of a function": (1, lambda x: ops.score_loss(ops.affine(x, x.tanh(), 2.0, C[1]), C[0], 1.0, C[2], STREAM)),
+    "score_loss of a function": (
+        1, lambda x: ops.score_loss(ops.affine(x, x.tanh(), 2.0, C[1]), C[0], 1.0, C[2], STREAM)
+    ),
+    "score_loss of a shape": (1, lambda x: x.sum() + ops.score_loss(x, None, C[0], C[2], STREAM)),
     "kept gradient": (
         1, lambda out: torch.ops.scoresde_ext.score_loss(out, C[0], C[1], C[2], None, KEY, IDS, 2, True)
     ),
@@ -171,7 +179,7 @@ def gradients(op: Op, f: Any, v: Arguments, names: Sequence[str], weights: Seque
 def test_gradients_in_lower_precision(name: str, dtype: torch.dtype) -> None:
     """Upstream gradients that differ from element to element, in another layout than the inputs."""
     op, shape = OPS[name], (4, 3, 5, 5)
-    names = [n for n in (*op.arrays, *(["z"] if name in ("affine_noise", "perturb") else []))]
+    names = [*op.arrays, *(["z"] if name in ("affine_noise", "perturb") else [])]
     for coefficients in COEFFICIENTS:
         v = arguments(op, shape, dtype, coefficients)
         v[op.arrays[0]] = v[op.arrays[0]].to(memory_format=torch.channels_last)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from op_table import COEFFICIENTS, DTYPES, NOISE, OPS, Arguments, Op, arguments, check, compute_dtype, expected
+from op_table import COEFFICIENTS, DTYPES, NOISE, OPS, Arguments, Op, arguments, check
 from torch import Tensor
 
 from scoresde_ext import ops, reference
@@ -88,6 +88,7 @@ def permuted(values: Tensor, *order: int) -> Tensor:
     return values.permute(order).contiguous().permute(inverse)
 
 
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 # What has the values of `a` (3, 4, 6, 5) or (3, 2, 4, 3, 5) and another place in memory.
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda a: a.contiguous(),
@@ -95,7 +96,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "every other element": lambda a: filled(a.new_full((*a.shape[:-1], 2 * a.shape[-1]), 7.0)[..., ::2], a),
     "every other sample": lambda a: filled(a.new_full((2 * len(a), *a.shape[1:]), 7.0)[1::2], a),
     "padded samples": lambda a: filled(a.new_full((len(a), a.shape[1] + 1, *a.shape[2:]), 7.0)[:, 1:], a),
-    "channels last": lambda a: a.contiguous(memory_format=torch.channels_last if a.dim() == 4 else torch.channels_last_3d),
+    "channels last": lambda a: a.contiguous(memory_format=CHANNELS_LAST[a.dim()]),
     "dimensions reversed": lambda a: permuted(a, 0, *range(a.dim() - 1, 0, -1)),
     "samples innermost": lambda a: permuted(a, *range(1, a.dim()), 0),
 }  # fmt: skip
@@ -125,7 +126,11 @@ def assert_same_numbers(op: Op, one: tuple[Tensor, ...], other: tuple[Tensor, ..
 @pytest.mark.parametrize(("name", "noise"), [(name, noise) for name, op in OPS.items() for noise in noises(op)])
 def test_layouts(name: str, noise: str, layout: str) -> None:
     op = OPS[name]
-    for shape, dtype in [((3, 4, 6, 5), torch.float32), ((3, 2, 4, 3, 5), torch.float64), ((3, 4, 6, 5), torch.bfloat16)]:
+    for shape, dtype in [
+        ((3, 4, 6, 5), torch.float32),
+        ((3, 2, 4, 3, 5), torch.float64),
+        ((3, 4, 6, 5), torch.bfloat16),
+    ]:
         v = arguments(op, shape, dtype, "per sample", noise)
         plain = op.call(ops, v)
         for other in LAYOUTS:
@@ -279,7 +284,9 @@ def test_rk_control() -> None:
     h = torch.linspace(0.1, 2.0, len(norm), dtype=torch.float64)
     for exponent in (-1 / 3, -1 / 5, -1 / 8):
         accepted, following = ops.rk_control(norm, h, after, exponent)
-        for n, size, rejected, ok, next_h in zip(*(t.tolist() for t in (norm, h, after, accepted, following)), strict=True):
+        for n, size, rejected, ok, next_h in zip(
+            *(t.tolist() for t in (norm, h, after, accepted, following)), strict=True
+        ):
             if n < 1:
                 factor = min(10.0, 0.9 * n**exponent) if n else 10.0
                 factor = min(1.0, factor) if rejected else factor
@@ -290,7 +297,9 @@ def test_rk_control() -> None:
         right = reference.rk_control(norm, h, after, exponent)
         torch.testing.assert_close(torch.stack([accepted, following]), right, rtol=1e-15, atol=0)
     assert ops.rk_control(norm[:0], h[:0], after[:0], -0.2).shape == (2, 0)
-    assert torch.equal(ops.rk_control(norm[::2], h[::2], after[::2], -0.2), ops.rk_control(norm, h, after, -0.2)[:, ::2])
+    assert torch.equal(
+        ops.rk_control(norm[::2], h[::2], after[::2], -0.2), ops.rk_control(norm, h, after, -0.2)[:, ::2]
+    )
 
 
 # --- the reference ----------------------------------------------------------------------------------------------------

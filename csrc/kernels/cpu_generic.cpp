@@ -35,12 +35,12 @@ const CpuKernels& choose() {
 
 }  // namespace
 
-void control_steps(int64_t rows, const double* norm, const double* h, const bool* after_rejection, double exponent,
-                   double* accepted, double* h_next) {
-  for (int64_t r = 0; r < rows; ++r) {
-    const generic::StepDecision decision = generic::control_step(norm[r], h[r], after_rejection[r], exponent);
-    accepted[r] = decision.accept ? 1.0 : 0.0;
-    h_next[r] = decision.h;
+void control_steps(const ControlArgs& args) {
+  for (int64_t r = 0; r < args.rows; ++r) {
+    const generic::StepDecision decision =
+        generic::control_step(args.norm[r], args.h[r], args.after_rejection[r], args.exponent);
+    args.accepted[r] = decision.accept ? 1.0 : 0.0;
+    args.h_next[r] = decision.h;
   }
 }
 

@@ -96,6 +96,26 @@ struct NoiseArgs {
   void* values;   // float; integer: int64
 };
 
+// The second stage of a sum: sums[row] = w sum_i partials[row][i], in order. `w.data` null: not weighted.
+struct SumArgs {
+  DType dtype;  // of w and sums: f32 or f64
+  int64_t rows, cols;
+  const double* partials;
+  Coefficient w;
+  void* sums;
+};
+
+// One step decision a row: accepted[r] is 1 or 0, h_next[r] the |h| to try next.
+struct ControlArgs {
+  int64_t rows;
+  const double* norm;
+  const double* h;
+  const bool* after_rejection;
+  double exponent;
+  double* accepted;
+  double* h_next;
+};
+
 // Work is cut into tiles of at most `tile` elements: pieces of a long row, or several whole short rows. Tiles do not
 // depend on the number of threads, and sums are kept per tile and added in order, so that results do not depend on it
 // either.
@@ -124,13 +144,23 @@ struct CpuKernels {
   void (*noise)(const NoiseArgs&, int64_t begin, int64_t end);
 };
 
-// One step decision a row: accepted[r] is 1 or 0, h_next[r] the |h| to try next.
-void control_steps(int64_t rows, const double* norm, const double* h, const bool* after_rejection, double exponent,
-                   double* accepted, double* h_next);
+void control_steps(const ControlArgs& args);
 
 // The best of the compiled sets that this processor runs. SCORESDE_EXT_CPU=generic|avx2|avx512 in the environment asks
 // for a lower one.
 const CpuKernels& cpu_kernels();
 const char* cpu_capability();
+
+// The CUDA kernels: enqueued on `stream`, a cudaStream_t of the current device. Nothing is allocated, copied to the
+// host or waited for. The arrays must not be empty. Returns an error code, 0 if all is well, and what such a code
+// means.
+int cuda_launch(const AffineArgs& args, void* stream);
+int cuda_launch(const ResidualArgs& args, void* stream);
+int cuda_launch(const StageArgs& args, void* stream);
+int cuda_launch(const ErrorArgs& args, void* stream);
+int cuda_launch(const NoiseArgs& args, void* stream);
+int cuda_launch(const SumArgs& args, void* stream);
+int cuda_launch(const ControlArgs& args, void* stream);
+const char* cuda_error(int code);
 
 }  // namespace scoresde

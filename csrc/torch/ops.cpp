@@ -1,9 +1,11 @@
 // The operators: schemas, argument checks, layouts, and dispatch to csrc/kernels. scoresde_ext/ops.py documents each
 // one.
+#include <ATen/DeviceAccelerator.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
 #include <cmath>
@@ -143,18 +145,61 @@ struct NoiseInput {
   }
 };
 
+// ---- running kernels ----
+
+// Enqueues a kernel on the current stream of a CUDA device.
 template <class Args>
-void run(void (*kernel)(const Args&, int64_t, int64_t), const Args& args) {
-  constexpr int64_t grain = 16;  // tiles a thread is worth waking for
-  at::parallel_for(0, Tiling(args.rows, args.cols).count(), grain,
-                   [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+void launch([[maybe_unused]] const Args& args, at::Device device) {
+#ifdef SCORESDE_EXT_WITH_CUDA
+  const c10::DeviceGuard guard(device);
+  const int error = cuda_launch(args, at::accelerator::getCurrentStream(device.index()).native_handle());
+  TORCH_CHECK(error == 0, "scoresde_ext: CUDA could not start a kernel on ", device, ": ", cuda_error(error),
+              ". The kernels were built for the architectures " SCORESDE_EXT_CUDA_ARCHS
+              "; TORCH_CUDA_ARCH_LIST chooses others in a rebuild.");
+#else
+  TORCH_CHECK(false, "scoresde_ext: this build has no kernels for ", device, ".");
+#endif
 }
 
-// Row sums from per-tile sums, in order.
-std::vector<double> sum_tiles(const std::vector<double>& partials, int64_t rows, int64_t tiles) {
-  std::vector<double> sums(rows, 0.0);
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t i = 0; i < tiles; ++i) sums[r] += partials[r * tiles + i];
+// Runs a kernel where its arrays are: on a CUDA device, or on the threads of the CPU.
+template <class Args>
+void run(void (*cpu_kernel)(const Args&, int64_t, int64_t), const Args& args, at::Device device) {
+  if (args.rows == 0 || args.cols == 0) return;
+  if (device.is_cuda()) return launch(args, device);
+  constexpr int64_t grain = 16;  // tiles a thread is worth waking for
+  at::parallel_for(0, Tiling(args.rows, args.cols).count(), grain,
+                   [&](int64_t begin, int64_t end) { cpu_kernel(args, begin, end); });
+}
+
+// Where a kernel leaves the sums of its tiles: (rows, tiles a row).
+Tensor partial_sums(Shape shape, const Tensor& like) {
+  const int64_t tiles = shape.cols == 0 ? 0 : Tiling(shape.rows, shape.cols).tiles_per_row;
+  return at::empty({shape.rows, tiles}, like.options().dtype(at::kDouble));
+}
+
+template <class A>
+void sum_on_cpu(const SumArgs& args) {
+  for (int64_t r = 0; r < args.rows; ++r) {
+    double sum = 0;
+    for (int64_t i = 0; i < args.cols; ++i) sum += args.partials[r * args.cols + i];
+    const double w = args.w.data ? static_cast<const A*>(args.w.data)[r * args.w.stride] : 1;
+    static_cast<A*>(args.sums)[r] = static_cast<A>(w * sum);
+  }
+}
+
+// w sum_i partials[row, i], without w where that is none.
+Tensor sum_rows(const Tensor& partials, const Numbers& w, at::ScalarType dtype) {
+  const Tensor sums = at::empty({partials.size(0)}, partials.options().dtype(dtype));
+  const SumArgs args{dtype_of(sums, "sums"), partials.size(0),
+                     partials.size(1),       partials.const_data_ptr<double>(),
+                     w.coefficient,          sums.mutable_data_ptr()};
+  if (args.rows == 0) return sums;
+  if (partials.is_cuda()) {
+    launch(args, partials.device());
+  } else if (args.dtype == DType::f64) {
+    sum_on_cpu<double>(args);
+  } else {
+    sum_on_cpu<float>(args);
   }
   return sums;
 }
@@ -178,20 +223,18 @@ std::pair<Tensor, Tensor> run_affine(const Tensor& x, const OptTensor& out, cons
   Tensor mean, next;
   if (want_mean) mean = layout.output();
   if (n) next = layout.output();
-  if (x.numel() > 0) {
-    const AffineArgs args{dtype,
-                          shape.rows,
-                          shape.cols,
-                          xs.const_data_ptr(),
-                          out ? outs.const_data_ptr() : nullptr,
-                          ps.coefficient,
-                          qs.coefficient,
-                          ns.coefficient,
-                          noise.noise,
-                          want_mean ? mean.mutable_data_ptr() : nullptr,
-                          n ? next.mutable_data_ptr() : nullptr};
-    run(cpu_kernels().affine, args);
-  }
+  const AffineArgs args{dtype,
+                        shape.rows,
+                        shape.cols,
+                        xs.const_data_ptr(),
+                        out ? outs.const_data_ptr() : nullptr,
+                        ps.coefficient,
+                        qs.coefficient,
+                        ns.coefficient,
+                        noise.noise,
+                        want_mean ? mean.mutable_data_ptr() : nullptr,
+                        n ? next.mutable_data_ptr() : nullptr};
+  run(cpu_kernels().affine, args, x.device());
   return {want_mean ? layout.result(mean) : mean, n ? layout.result(next) : next};
 }
 
@@ -225,28 +268,15 @@ std::tuple<Tensor, Tensor> score_loss(const Tensor& out, const OptTensor& c, con
                     "c: expected a coefficient of out, or d and no gradient.");
   const Tensor outs = layout.input(out, "out");
   const Numbers cs(c, "c", out), ds(d, "d", out), ws(w, "w", out);
-  const Tensor loss = at::empty({shape.rows}, out.options().dtype(compute_type(out)));
-  Tensor grad = with_grad ? layout.output() : at::empty({0}, out.options());
-  const Tiling tiling(shape.rows, shape.cols);
-  std::vector<double> partials(shape.rows * tiling.tiles_per_row, 0.0);
-  if (out.numel() > 0) {
-    const ResidualArgs args{dtype, shape.rows, shape.cols, outs.const_data_ptr(), cs.coefficient, ds.coefficient,
-                            ws.coefficient, noise.noise,
-                            // a weight of one over the batch's elements would underflow in half precision
-                            dtype == DType::f32 || dtype == DType::f64, with_grad ? grad.mutable_data_ptr() : nullptr,
-                            partials.data()};
-    run(cpu_kernels().residual, args);
-  }
-  const std::vector<double> sums = sum_tiles(partials, shape.rows, tiling.tiles_per_row);
-  const auto weigh = [&](auto* to, const auto* weight) {
-    for (int64_t r = 0; r < shape.rows; ++r) to[r] = weight[r * ws.coefficient.stride] * sums[r];
-  };
-  if (loss.scalar_type() == at::kDouble) {
-    weigh(loss.mutable_data_ptr<double>(), ws.held.const_data_ptr<double>());
-  } else {
-    weigh(loss.mutable_data_ptr<float>(), ws.held.const_data_ptr<float>());
-  }
-  return {loss, with_grad ? layout.result(grad) : grad};
+  const Tensor partials = partial_sums(shape, out);
+  const Tensor grad = with_grad ? layout.output() : at::empty({0}, out.options());
+  const ResidualArgs args{dtype, shape.rows, shape.cols, outs.const_data_ptr(), cs.coefficient, ds.coefficient,
+                          ws.coefficient, noise.noise,
+                          // a weight of one over the batch's elements would underflow in half precision
+                          dtype == DType::f32 || dtype == DType::f64, with_grad ? grad.mutable_data_ptr() : nullptr,
+                          partials.mutable_data_ptr<double>()};
+  run(cpu_kernels().residual, args, out.device());
+  return {sum_rows(partials, ws, compute_type(out)), with_grad ? layout.result(grad) : grad};
 }
 
 // ---- Runge-Kutta ----
@@ -280,14 +310,12 @@ Tensor rk_stage(const Tensor& y, at::TensorList ks, at::ArrayRef<double> a, cons
   const Slopes slopes(ks, a, layout);
   const Numbers hs(h, "h", y);
   const Tensor next = layout.output();
-  if (y.numel() > 0) {
-    StageArgs args{};
-    args.dtype = dtype, args.rows = shape.rows, args.cols = shape.cols, args.stages = slopes.n;
-    std::copy_n(slopes.k, slopes.n, args.k);
-    std::copy_n(slopes.a, slopes.n, args.a);
-    args.h = hs.coefficient, args.y = ys.const_data_ptr(), args.y_next = next.mutable_data_ptr();
-    run(cpu_kernels().stage, args);
-  }
+  StageArgs args{};
+  args.dtype = dtype, args.rows = shape.rows, args.cols = shape.cols, args.stages = slopes.n;
+  std::copy_n(slopes.k, slopes.n, args.k);
+  std::copy_n(slopes.a, slopes.n, args.a);
+  args.h = hs.coefficient, args.y = ys.const_data_ptr(), args.y_next = next.mutable_data_ptr();
+  run(cpu_kernels().stage, args, y.device());
   return layout.result(next);
 }
 
@@ -302,16 +330,14 @@ std::tuple<Tensor, Tensor> rk_drift_stage(const Tensor& y, at::TensorList ks, at
   const Slopes slopes(ks, a, layout);
   const Numbers hs(h, "h", y), fs(f, "f", y), qs(q, "q", y);
   const Tensor k_new = layout.output(), next = layout.output();
-  if (y.numel() > 0) {
-    StageArgs args{};
-    args.dtype = dtype, args.rows = shape.rows, args.cols = shape.cols, args.stages = slopes.n;
-    std::copy_n(slopes.k, slopes.n, args.k);
-    std::copy_n(slopes.a, slopes.n, args.a);
-    args.h = hs.coefficient, args.y = ys.const_data_ptr(), args.y_next = next.mutable_data_ptr();
-    args.a_new = a.back(), args.x = xs.const_data_ptr(), args.out = outs.const_data_ptr();
-    args.f = fs.coefficient, args.q = qs.coefficient, args.k_new = k_new.mutable_data_ptr();
-    run(cpu_kernels().stage, args);
-  }
+  StageArgs args{};
+  args.dtype = dtype, args.rows = shape.rows, args.cols = shape.cols, args.stages = slopes.n;
+  std::copy_n(slopes.k, slopes.n, args.k);
+  std::copy_n(slopes.a, slopes.n, args.a);
+  args.h = hs.coefficient, args.y = ys.const_data_ptr(), args.y_next = next.mutable_data_ptr();
+  args.a_new = a.back(), args.x = xs.const_data_ptr(), args.out = outs.const_data_ptr();
+  args.f = fs.coefficient, args.q = qs.coefficient, args.k_new = k_new.mutable_data_ptr();
+  run(cpu_kernels().stage, args, y.device());
   return {layout.result(k_new), layout.result(next)};
 }
 
@@ -325,21 +351,15 @@ Tensor rk_error(const Tensor& y0, const Tensor& y1, at::TensorList ks, at::Array
   const Tensor y0s = layout.input(y0, "y0"), y1s = layout.input(y1, "y1");
   const Slopes slopes(ks, e, layout);
   const Numbers hs(h, "h", y0);
-  const Tiling tiling(shape.rows, shape.cols);
-  std::vector<double> partials(shape.rows * tiling.tiles_per_row, 0.0);
-  if (y0.numel() > 0) {
-    ErrorArgs args{};
-    args.dtype = dtype, args.rows = shape.rows, args.cols = shape.cols, args.stages = slopes.n;
-    std::copy_n(slopes.k, slopes.n, args.k);
-    std::copy_n(slopes.a, slopes.n, args.e);
-    args.h = hs.coefficient, args.y0 = y0s.const_data_ptr(), args.y1 = y1s.const_data_ptr();
-    args.rtol = rtol, args.atol = atol, args.partials = partials.data();
-    run(cpu_kernels().error, args);
-  }
-  const std::vector<double> sums = sum_tiles(partials, shape.rows, tiling.tiles_per_row);
-  Tensor result = at::empty({shape.rows}, y0.options().dtype(at::kDouble));
-  std::copy(sums.begin(), sums.end(), result.mutable_data_ptr<double>());
-  return result;
+  const Tensor partials = partial_sums(shape, y0);
+  ErrorArgs args{};
+  args.dtype = dtype, args.rows = shape.rows, args.cols = shape.cols, args.stages = slopes.n;
+  std::copy_n(slopes.k, slopes.n, args.k);
+  std::copy_n(slopes.a, slopes.n, args.e);
+  args.h = hs.coefficient, args.y0 = y0s.const_data_ptr(), args.y1 = y1s.const_data_ptr();
+  args.rtol = rtol, args.atol = atol, args.partials = partials.mutable_data_ptr<double>();
+  run(cpu_kernels().error, args, y0.device());
+  return sum_rows(partials, Numbers(), at::kDouble);
 }
 
 Tensor rk_control(const Tensor& norm, const Tensor& h, const Tensor& after_rejection, double exponent) {
@@ -349,11 +369,25 @@ Tensor rk_control(const Tensor& norm, const Tensor& h, const Tensor& after_rejec
                     "norm, h, after_rejection: expected float64, float64 and bool tensors of one shape (R,), got ",
                     norm.scalar_type(), " ", norm.sizes(), ", ", h.scalar_type(), " ", h.sizes(), ", ",
                     after_rejection.scalar_type(), " ", after_rejection.sizes(), ".");
+  TORCH_CHECK_VALUE(h.device() == norm.device() && after_rejection.device() == norm.device(),
+                    "h, after_rejection: expected the device of norm, ", norm.device(), ", got ", h.device(), " and ",
+                    after_rejection.device(), ". Move them with .to().");
   const int64_t rows = norm.size(0);
   const Tensor norms = norm.contiguous(), hs = h.contiguous(), rejected = after_rejection.contiguous();
   const Tensor result = at::empty({2, rows}, norm.options());
-  control_steps(rows, norms.const_data_ptr<double>(), hs.const_data_ptr<double>(), rejected.const_data_ptr<bool>(),
-                exponent, result.mutable_data_ptr<double>(), result.mutable_data_ptr<double>() + rows);
+  const ControlArgs args{rows,
+                         norms.const_data_ptr<double>(),
+                         hs.const_data_ptr<double>(),
+                         rejected.const_data_ptr<bool>(),
+                         exponent,
+                         result.mutable_data_ptr<double>(),
+                         result.mutable_data_ptr<double>() + rows};
+  if (rows == 0) return result;
+  if (norm.is_cuda()) {
+    launch(args, norm.device());
+  } else {
+    control_steps(args);
+  }
   return result;
 }
 
@@ -364,8 +398,8 @@ Tensor run_noise(const Tensor& key, const OptTensor& ids, int64_t draw, at::IntA
   const Tensor values = at::empty(size, key.options().dtype(dtype));
   const Shape shape = shape_of(values, "size");
   const NoiseInput noise(key, ids, draw, shape, key.device());
-  if (values.numel() > 0)
-    run(cpu_kernels().noise, NoiseArgs{shape.rows, shape.cols, noise.noise, law, high, values.mutable_data_ptr()});
+  run(cpu_kernels().noise, NoiseArgs{shape.rows, shape.cols, noise.noise, law, high, values.mutable_data_ptr()},
+      key.device());
   return values;
 }
 
@@ -380,6 +414,21 @@ Tensor noise_uniform(const Tensor& key, const OptTensor& ids, int64_t draw, at::
 Tensor noise_integers(const Tensor& key, const OptTensor& ids, int64_t draw, at::IntArrayRef size, int64_t high) {
   TORCH_CHECK_VALUE(high >= 1 && high <= (int64_t{1} << 32), "high: expected 1 to 2^32, got ", high, ".");
   return run_noise(key, ids, draw, size, Law::integer, static_cast<uint64_t>(high), at::kLong);
+}
+
+// The same functions for every device: they differ below `run` only.
+void implement(torch::Library& m) {
+  m.impl("affine", &affine);
+  m.impl("affine_noise", &affine_noise);
+  m.impl("perturb", &perturb);
+  m.impl("score_loss", &score_loss);
+  m.impl("rk_stage", &rk_stage);
+  m.impl("rk_drift_stage", &rk_drift_stage);
+  m.impl("rk_error", &rk_error);
+  m.impl("rk_control", &rk_control);
+  m.impl("noise_normal", &noise_normal);
+  m.impl("noise_uniform", &noise_uniform);
+  m.impl("noise_integers", &noise_integers);
 }
 
 }  // namespace
@@ -405,18 +454,9 @@ TORCH_LIBRARY(scoresde_ext, m) {
   m.def("noise_integers(Tensor key, Tensor? ids, int draw, SymInt[] size, int high) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(scoresde_ext, CPU, m) {
-  m.impl("affine", &affine);
-  m.impl("affine_noise", &affine_noise);
-  m.impl("perturb", &perturb);
-  m.impl("score_loss", &score_loss);
-  m.impl("rk_stage", &rk_stage);
-  m.impl("rk_drift_stage", &rk_drift_stage);
-  m.impl("rk_error", &rk_error);
-  m.impl("rk_control", &rk_control);
-  m.impl("noise_normal", &noise_normal);
-  m.impl("noise_uniform", &noise_uniform);
-  m.impl("noise_integers", &noise_integers);
-}
+TORCH_LIBRARY_IMPL(scoresde_ext, CPU, m) { implement(m); }
+#ifdef SCORESDE_EXT_WITH_CUDA
+TORCH_LIBRARY_IMPL(scoresde_ext, CUDA, m) { implement(m); }
+#endif
 
 }  // namespace scoresde

@@ -64,6 +64,7 @@ class ExponentialMovingAverage:
             p.copy_(stored)
 
     def state_dict(self) -> dict[str, Any]:
+        """``decay``, ``num_updates`` and ``shadow_params`` (the tensors themselves, not copies)."""
         return {"decay": self.decay, "num_updates": self.num_updates, "shadow_params": self.shadow_params}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

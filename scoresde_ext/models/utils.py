@@ -94,10 +94,10 @@ def ensure_mode(model: Network, train: bool) -> None:
 def get_model_fn(model: Network, train: bool = False) -> Callable[[Tensor, Tensor], Tensor]:
     """``model_fn(x, labels)``: the network in the mode asked for. A plain function is accepted as a network."""
     set_mode(model, train)
-    return _Network(model)
+    return CheckedNetwork(model)
 
 
-class _Network:
+class CheckedNetwork:
     """A network that is given inputs in the dtype of its own parameters, and whose output is checked."""
 
     def __init__(self, model: Network) -> None:
@@ -125,7 +125,7 @@ class ScoreFunction:
     """``score(x, t) = k(t) out`` with ``out = network(x, labels(t))``.
 
     Called, it returns the score, shape ``(B, *)``, at states ``x`` and times ``t`` ``(B,)``. :meth:`terms` leaves the
-    product to the kernels.
+    product to the kernels. ValueError for times and states as in ``marginal_prob``, and for an output of another shape.
     """
 
     def __init__(

@@ -1,0 +1,170 @@
+// What the CUDA kernels share: the loop over the arrays, reading and writing them, noise, sums.
+//
+// A thread works on a chunk at a time: neighbouring elements of one row, as many as make whole 16-byte words and whole
+// Philox blocks. A block is two-dimensional: x runs along the chunks of a row, y over rows, so that no index is
+// divided. Every loop is right for every grid. `vector`: all arrays are aligned to 16 bytes and rows are whole chunks;
+// otherwise elements are read and written one at a time.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "kernels/arguments.h"
+#include "math/affine.h"
+#include "math/runge_kutta.h"
+
+namespace scoresde::SCORESDE_ISA {
+
+constexpr int block_threads = 256;
+
+template <class T>
+constexpr int chunk_size = sizeof(T) == 2 ? 8 : 4;
+template <class T>
+constexpr int words_in = chunk_size<T> * sizeof(T) / sizeof(uint4);  // 16-byte words of a chunk
+
+// Elements [col, col + n) of a row, which lie from `offset` on. Only the last chunk of a row may be shorter than a
+// chunk.
+struct Chunk {
+  int64_t row, col, offset;
+  int n;
+};
+
+template <class T, bool vector>
+__device__ __forceinline__ Chunk chunk_at(int64_t row, int64_t col, int64_t cols) {
+  const int n = !vector && cols - col < chunk_size<T> ? static_cast<int>(cols - col) : chunk_size<T>;
+  return {row, col, row * cols + col, n};
+}
+
+// Calls body(chunk) for every chunk of the arrays.
+template <class T, bool vector, class Body>
+__device__ __forceinline__ void for_each_chunk(int64_t rows, int64_t cols, Body body) {
+  const int64_t first_col = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) * chunk_size<T>;
+  const int64_t row_step = int64_t{gridDim.y} * blockDim.y, col_step = int64_t{gridDim.x} * blockDim.x * chunk_size<T>;
+  for (int64_t row = int64_t{blockIdx.y} * blockDim.y + threadIdx.y; row < rows; row += row_step) {
+    for (int64_t col = first_col; col < cols; col += col_step) body(chunk_at<T, vector>(row, col, cols));
+  }
+}
+
+// ---- arrays ----
+
+// The elements of a chunk in the compute type; those beyond the end of the row are zero.
+template <class T>
+struct Values {
+  compute_t<T> v[chunk_size<T>];
+  __device__ __forceinline__ compute_t<T>& operator[](int i) { return v[i]; }
+  __device__ __forceinline__ compute_t<T> operator[](int i) const { return v[i]; }
+};
+
+template <class T, bool vector>
+__device__ __forceinline__ Values<T> load(const void* array, const Chunk& c) {
+  const T* from = static_cast<const T*>(array) + c.offset;
+  T stored[chunk_size<T>] = {};
+  if constexpr (vector) {
+    uint4 words[words_in<T>];
+    for (int i = 0; i < words_in<T>; ++i) words[i] = reinterpret_cast<const uint4*>(from)[i];
+    memcpy(stored, words, sizeof(stored));
+  } else {
+    for (int i = 0; i < chunk_size<T>; ++i) {
+      if (i < c.n) stored[i] = from[i];
+    }
+  }
+  Values<T> values;
+  for (int i = 0; i < chunk_size<T>; ++i) values[i] = widen(stored[i]);
+  return values;
+}
+
+template <class T, bool vector>
+__device__ __forceinline__ void store_raw(void* array, const Chunk& c, const T (&stored)[chunk_size<T>]) {
+  T* to = static_cast<T*>(array) + c.offset;
+  if constexpr (vector) {
+    uint4 words[words_in<T>];
+    memcpy(words, stored, sizeof(stored));
+    // A plain assignment may be taken apart into narrower stores.
+    for (int i = 0; i < words_in<T>; ++i) __stwb(reinterpret_cast<uint4*>(to) + i, words[i]);
+  } else {
+    for (int i = 0; i < chunk_size<T>; ++i) {
+      if (i < c.n) to[i] = stored[i];
+    }
+  }
+}
+
+template <class T, bool vector>
+__device__ __forceinline__ void store(void* array, const Chunk& c, const Values<T>& values) {
+  T stored[chunk_size<T>];
+  for (int i = 0; i < chunk_size<T>; ++i) stored[i] = narrow<T>(values[i]);
+  store_raw<T, vector>(array, c, stored);
+}
+
+// ---- noise ----
+
+// The random words of a chunk's elements.
+template <int n>
+__device__ __forceinline__ void random_words_of(const Noise& noise, const Chunk& c, Words (&words)[n]) {
+  const Stream stream = stream_of(noise, c.row);
+  for (int b = 0; b < n; ++b) words[b] = random_words(stream, static_cast<uint32_t>(c.col / 4) + b);
+}
+
+// Standard normals, whatever their source.
+template <class T, bool vector>
+__device__ __forceinline__ Values<T> load_noise(const Noise& noise, const Chunk& c) {
+  if (noise.array) return load<T, vector>(noise.array, c);
+  Words words[chunk_size<T> / 4];
+  random_words_of(noise, c, words);
+  Values<T> z;
+  for (int b = 0; b < chunk_size<T> / 4; ++b) {
+    const Pair first = normals_from(words[b].x, words[b].y), second = normals_from(words[b].z, words[b].w);
+    z[4 * b] = first.a;
+    z[4 * b + 1] = first.b;
+    z[4 * b + 2] = second.a;
+    z[4 * b + 3] = second.b;
+  }
+  return z;
+}
+
+// ---- sums ----
+
+// The sum over the threads of a row of the block (those of one threadIdx.y), added in a fixed order; thread x = 0 gets
+// it. To be called by all threads of the block.
+__device__ __forceinline__ double sum_over_row_of_block(double v) {
+  constexpr unsigned all_lanes = 0xffffffffu;
+  constexpr int warp_size = 32;
+  __shared__ double of_warp[block_threads / warp_size];
+  const int width = blockDim.x < warp_size ? blockDim.x : warp_size;
+  for (int offset = width / 2; offset > 0; offset /= 2) v += __shfl_down_sync(all_lanes, v, offset, width);
+  if (blockDim.x <= warp_size) return v;
+
+  const int warp = (threadIdx.y * blockDim.x + threadIdx.x) / warp_size;
+  if (threadIdx.x % warp_size == 0) of_warp[warp] = v;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    for (int i = 1; i < static_cast<int>(blockDim.x) / warp_size; ++i) v += of_warp[warp + i];
+  }
+  __syncthreads();  // the next call writes where this one reads
+  return v;
+}
+
+// Sums body(chunk) over each tile of each row: one number a thread, added in double. A block is as wide as a tile, or
+// as the whole row where that is shorter.
+template <class T, bool vector, class Body>
+__device__ __forceinline__ void sum_tiles(int64_t rows, int64_t cols, double* partials, Body body) {
+  const int64_t tiles = (cols + Tiling::tile - 1) / Tiling::tile;
+  for (int64_t first = int64_t{blockIdx.y} * blockDim.y; first < rows; first += int64_t{gridDim.y} * blockDim.y) {
+    for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+      const int64_t row = first + threadIdx.y, col = tile * Tiling::tile + int64_t{threadIdx.x} * chunk_size<T>;
+      const bool inside = row < rows && col < cols;
+      const double sum = sum_over_row_of_block(inside ? body(chunk_at<T, vector>(row, col, cols)) : 0.0);
+      if (threadIdx.x == 0 && row < rows) partials[row * tiles + tile] = sum;
+    }
+  }
+}
+
+// The sum of squares of a chunk.
+template <class T>
+__device__ __forceinline__ double sum_of_squares(const Values<T>& r, const Chunk& c) {
+  compute_t<T> sum = 0;
+  for (int i = 0; i < chunk_size<T>; ++i) {
+    if (i < c.n) sum += r[i] * r[i];
+  }
+  return sum;
+}
+
+}  // namespace scoresde::SCORESDE_ISA
