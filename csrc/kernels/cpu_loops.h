@@ -5,9 +5,8 @@
 // compute type, which the compiler vectorises; storage types are converted on the way in and out. Coefficients are
 // either one number for the tile (a piece of a long row) or spread to one number an element (several short rows).
 
-#include "kernels/kernels.h"
+#include "kernels/arguments.h"
 #include "math/affine.h"
-#include "math/philox.h"
 #include "math/runge_kutta.h"
 
 namespace scoresde::SCORESDE_ISA {
@@ -65,11 +64,6 @@ void store(void* array, const Tile& t, const A* values) {
   }
 }
 
-template <class A>
-A at_row(Coefficient c, int64_t row) {
-  return static_cast<const A*>(c.data)[row * c.stride];
-}
-
 // A coefficient as seen by a flat loop over a tile.
 template <class A>
 struct Constant {
@@ -98,11 +92,6 @@ void with_coefficient(Coefficient c, const Tile& t, int64_t cols, Body body) {
 }
 
 // ---- noise ----
-
-inline Stream stream_of(const Noise& noise, int64_t row) {
-  const uint64_t id = static_cast<uint64_t>(noise.ids ? noise.ids[row] : row);
-  return {static_cast<uint64_t>(noise.key[0]), id, static_cast<uint32_t>(noise.key[1] + noise.draw)};
-}
 
 // The Philox blocks of a tile: which block of which stream. A row's last block may stick out of the row.
 struct Blocks {
@@ -254,7 +243,7 @@ void residual_tiles(const ResidualArgs& args, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     const Tile t = tile_at(tiling, i);
     A* r = scratch_r.values;
-    const A* z = args.noise.any() ? load_noise<T>(args.noise, t, args.cols, scratch_z) : nullptr;
+    const A* z = has_noise(args.noise) ? load_noise<T>(args.noise, t, args.cols, scratch_z) : nullptr;
     if (args.c.data) {
       const A* out = load<T>(args.out, t, scratch_out);
       with_coefficient<A>(args.c, t, args.cols, [&](auto c) {

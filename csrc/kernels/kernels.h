@@ -26,7 +26,6 @@ struct Noise {
   const int64_t* key = nullptr;  // {seed, first draw}
   const int64_t* ids = nullptr;  // a stream id a row; null: the row's number
   int64_t draw = 0;              // added to the first draw
-  bool any() const { return array != nullptr || key != nullptr; }
 };
 
 // mean = p x + q out; next = mean + n z. `out` may be null (then q is not read), and either result.
