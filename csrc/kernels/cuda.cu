@@ -65,23 +65,24 @@ SCORESDE_KERNEL residual_kernel(const __grid_constant__ ResidualArgs args) {
   });
 }
 
-// sum_j a_j k_j
-template <class T, bool vector>
-__device__ __forceinline__ Values<T> combine(const void* const* k, const double* a, int32_t stages, const Chunk& c) {
-  Values<T> sum{};
+// sum = sum_j a_j k_j, added in type A
+template <class T, bool vector, class A>
+__device__ __forceinline__ void combine(const void* const* k, const double* a, int32_t stages, const Chunk& c,
+                                        A (&sum)[chunk_size<T>]) {
+  for (int i = 0; i < chunk_size<T>; ++i) sum[i] = 0;
   for (int32_t s = 0; s < stages; ++s) {
     const Values<T> slope = load<T, vector>(k[s], c);
-    const compute_t<T> weight = static_cast<compute_t<T>>(a[s]);
+    const A weight = static_cast<A>(a[s]);
     for (int i = 0; i < chunk_size<T>; ++i) sum[i] += weight * slope[i];
   }
-  return sum;
 }
 
 template <class T, bool vector>
 SCORESDE_KERNEL stage_kernel(const __grid_constant__ StageArgs args) {
   using A = compute_t<T>;
   for_each_chunk<T, vector>(args.rows, args.cols, [&](const Chunk& c) {
-    Values<T> sum = combine<T, vector>(args.k, args.a, args.stages, c);
+    Values<T> sum;
+    combine<T, vector>(args.k, args.a, args.stages, c, sum.v);
     const Values<T> y = load<T, vector>(args.y, c);
     const A h = at_row<A>(args.h, c.row);
     if (args.k_new) {
@@ -103,10 +104,14 @@ template <class T, bool vector>
 SCORESDE_KERNEL error_kernel(const __grid_constant__ ErrorArgs args) {
   using A = compute_t<T>;
   sum_tiles<T, vector>(args.rows, args.cols, args.partials, [&](const Chunk& c) {
-    Values<T> error = combine<T, vector>(args.k, args.e, args.stages, c);
+    double sum[chunk_size<T>];
+    combine<T, vector>(args.k, args.e, args.stages, c, sum);
+    Values<T> error;
     const Values<T> y0 = load<T, vector>(args.y0, c), y1 = load<T, vector>(args.y1, c);
     const A h = at_row<A>(args.h, c.row), rtol = static_cast<A>(args.rtol), atol = static_cast<A>(args.atol);
-    for (int i = 0; i < chunk_size<T>; ++i) error[i] = scaled_error(h * error[i], y0[i], y1[i], rtol, atol);
+    for (int i = 0; i < chunk_size<T>; ++i) {
+      error[i] = scaled_error(h * static_cast<A>(sum[i]), y0[i], y1[i], rtol, atol);
+    }
     return sum_of_squares(error, c);
   });
 }
