@@ -39,25 +39,14 @@ _PREDICTORS: dict[str, type] = {}
 _CORRECTORS: dict[str, type] = {}
 
 
-def _register(registry: dict[str, type], kind: str, cls: type | None, name: str | None) -> Any:
-    def register(cls: type) -> type:
-        key = cls.__name__ if name is None else name
-        if key in registry:
-            raise ValueError(f"name: a {kind} {key!r} is already registered ({registry[key]}). Choose another name.")
-        registry[key] = cls
-        return cls
-
-    return register if cls is None else register(cls)
-
-
 def register_predictor(cls: type | None = None, *, name: str | None = None) -> Any:
     """Class decorator: registers a predictor under ``name`` or its class name; ValueError where the name is taken."""
-    return _register(_PREDICTORS, "predictor", cls, name)
+    return mutils.register_in(_PREDICTORS, "predictor", cls, name)
 
 
 def register_corrector(cls: type | None = None, *, name: str | None = None) -> Any:
     """Class decorator: registers a corrector under ``name`` or its class name; ValueError where the name is taken."""
-    return _register(_CORRECTORS, "corrector", cls, name)
+    return mutils.register_in(_CORRECTORS, "corrector", cls, name)
 
 
 def get_predictor(name: str) -> type:

@@ -19,21 +19,23 @@ Network = Callable[[Tensor, Tensor], Tensor]
 _MODELS: dict[str, type] = {}
 
 
-def register_model(cls: type | None = None, *, name: str | None = None) -> Any:
-    """Class decorator: registers a network under ``name`` or its class name.
-
-    Raises:
-        ValueError: the name is taken.
-    """
+def register_in(registry: dict[str, type], kind: str, cls: type | None, name: str | None) -> Any:
+    """Registers a class under ``name`` or its own name; without ``cls``, the decorator that does. ValueError where the
+    name is taken."""
 
     def register(cls: type) -> type:
         key = cls.__name__ if name is None else name
-        if key in _MODELS:
-            raise ValueError(f"name: a model {key!r} is already registered ({_MODELS[key]}). Choose another name.")
-        _MODELS[key] = cls
+        if key in registry:
+            raise ValueError(f"name: a {kind} {key!r} is already registered ({registry[key]}). Choose another name.")
+        registry[key] = cls
         return cls
 
     return register if cls is None else register(cls)
+
+
+def register_model(cls: type | None = None, *, name: str | None = None) -> Any:
+    """Class decorator: registers a network under ``name`` or its class name; ValueError where the name is taken."""
+    return register_in(_MODELS, "model", cls, name)
 
 
 def get_model(name: str) -> type:
