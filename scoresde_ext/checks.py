@@ -10,6 +10,16 @@ import torch
 from torch import Tensor
 
 
+def check_array(name: str, y: Any) -> None:
+    """An array is a floating-point tensor (B, ...)."""
+    if not isinstance(y, Tensor) or not y.is_floating_point() or y.dim() < 1:
+        got = f"{y.dtype} of shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
+        raise ValueError(
+            f"{name}: expected a floating-point tensor of shape (B, ...), got {got}. "
+            "Convert it, for example with .float()."
+        )
+
+
 def check_inputs(x: Tensor, t: Tensor, T: float) -> None:
     """States are floating point ``(B, *)``; times are one a sample, in [0, T]. The times' values are looked at on the
     CPU alone: elsewhere that would wait for the device.
@@ -17,9 +27,7 @@ def check_inputs(x: Tensor, t: Tensor, T: float) -> None:
     Raises:
         ValueError: another shape, dtype or device, a value outside [0, T], or NaN.
     """
-    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 1:
-        got = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else repr(x)
-        raise ValueError(f"x: expected a floating-point tensor of shape (B, ...), got {got}.")
+    check_array("x", x)
     if not isinstance(t, Tensor) or not t.is_floating_point() or t.shape != x.shape[:1] or t.device != x.device:
         got = f"{t.dtype} {tuple(t.shape)} on {t.device}" if isinstance(t, Tensor) else repr(t)
         raise ValueError(
@@ -35,9 +43,9 @@ def check_inputs(x: Tensor, t: Tensor, T: float) -> None:
 
 def check_state(name: str, y: Any) -> None:
     """A state is a floating-point tensor (B, ...) without NaN or Inf."""
-    if not isinstance(y, Tensor) or not y.is_floating_point() or y.dim() < 1 or y.is_meta:
-        got = f"{y.dtype} of shape {tuple(y.shape)} on {y.device}" if isinstance(y, Tensor) else type(y).__name__
-        raise ValueError(f"{name}: expected a floating-point tensor of shape (B, ...), got {got}.")
+    check_array(name, y)
+    if y.is_meta:
+        raise ValueError(f"{name}: expected a tensor with values, got one on {y.device}.")
     if not y.isfinite().all():
         raise ValueError(f"{name}: expected finite values, got NaN or Inf in {name_rows(bad_rows(y))}.")
 

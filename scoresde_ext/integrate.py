@@ -168,8 +168,7 @@ class _Function:
 
 def time_vector(t: float, like: Tensor) -> Tensor:
     """``t`` once for each sample: float64 where the state is, else float32."""
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    return torch.full((len(like),), t, dtype=dtype, device=like.device)
+    return torch.full((len(like),), t, dtype=ops.compute_dtype(like), device=like.device)
 
 
 # ---- results ----

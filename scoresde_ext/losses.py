@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import noise, ops
-from .checks import check_eps, check_state
+from .checks import check_array, check_eps, check_state
 from .models import utils as mutils
 from .reference import rows
 from .sde_lib import SDE, VESDE, VPSDE, is_affine
@@ -59,21 +59,13 @@ def optimization_manager(config: Any) -> Callable[..., None]:
 
 
 def _check_batch(batch: Tensor) -> None:
-    if not isinstance(batch, Tensor) or not batch.is_floating_point() or batch.dim() < 1:
-        got = f"{batch.dtype} of shape {tuple(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
-        raise ValueError(
-            f"batch: expected a floating-point tensor of shape (B, ...), got {got}. "
-            "Convert the data, for example with .float()."
-        )
+    check_array("batch", batch)
     # A sum is not finite where an element is not; it costs one cached read. Elsewhere than on the CPU it would wait for
     # the device.
-    if batch.is_cpu and not torch.compiler.is_compiling() and not bool(batch.sum(dtype=_time_dtype(batch)).isfinite()):
-        check_state("batch", batch)
-
-
-def _time_dtype(x: Tensor) -> torch.dtype:
-    """Times and coefficients are float32 also where the state is half precision."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+    if batch.is_cpu and not torch.compiler.is_compiling():
+        total = batch.sum(dtype=ops.compute_dtype(batch))
+        if not bool(total.isfinite()):
+            check_state("batch", batch)
 
 
 def _reduction(x: Tensor, reduce_mean: bool) -> float:
@@ -114,7 +106,7 @@ def get_sde_loss_fn(
         _check_batch(batch)
         mutils.ensure_mode(model, train)
         score_fn = mutils.make_score_fn(sde, mutils.CheckedNetwork(model), continuous)
-        u = noise.uniform(batch.new_empty(len(batch), dtype=_time_dtype(batch)))
+        u = noise.uniform(batch.new_empty(len(batch), dtype=ops.compute_dtype(batch)))
         t = u * (sde.T - eps) + eps
         draw = noise.normal(batch)
         weight = _reduction(batch, reduce_mean)
@@ -159,7 +151,7 @@ def get_smld_loss_fn(vesde: VESDE, train: bool, reduce_mean: bool = False) -> Lo
         _check_batch(batch)
         mutils.ensure_mode(model, train)
         labels = noise.integers(vesde.N, batch.new_empty(len(batch)))
-        sigmas = sigmas_descending.to(batch.device, _time_dtype(batch))[labels]
+        sigmas = sigmas_descending.to(batch.device, ops.compute_dtype(batch))[labels]
         draw = noise.normal(batch)
         out = mutils.CheckedNetwork(model)(ops.perturb(batch, 1.0, sigmas, draw), labels)
         # (score + z / sigma)^2 sigma^2
@@ -179,7 +171,7 @@ def get_ddpm_loss_fn(vpsde: VPSDE, train: bool, reduce_mean: bool = True) -> Los
         _check_batch(batch)
         mutils.ensure_mode(model, train)
         labels = noise.integers(vpsde.N, batch.new_empty(len(batch)))
-        dtype = _time_dtype(batch)
+        dtype = ops.compute_dtype(batch)
         m = vpsde.sqrt_alphas_cumprod.to(batch.device, dtype)[labels]
         std = vpsde.sqrt_1m_alphas_cumprod.to(batch.device, dtype)[labels]
         draw = noise.normal(batch)

@@ -32,7 +32,8 @@ _ops = torch.ops.scoresde_ext
 # ---- arguments ----
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What an array is computed in, and the dtype of its times and coefficients: float64 for float64, else float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
@@ -64,7 +65,7 @@ def _array(name: str, t: Any, x: Tensor) -> Tensor:
 def _number(name: str, v: Any, x: Tensor) -> Tensor:
     """A coefficient as a tensor of one element or ``(B,)``."""
     if isinstance(v, (int, float)):
-        return torch.full((1,), v, dtype=_compute_dtype(x), device=x.device)
+        return torch.full((1,), v, dtype=compute_dtype(x), device=x.device)
     if not isinstance(v, Tensor) or not v.is_floating_point():
         got = v.dtype if isinstance(v, Tensor) else type(v).__name__
         raise TypeError(f"{name}: expected a number or a floating-point tensor of one element or (B,), got {got}.")
@@ -174,7 +175,7 @@ def score_loss(
     ws, noise = _number("w", w, out), (None, None, None, 0) if d is None else _noise(draw, out)
     if _needs_reference(cs, ds, ws, noise[0]):
         z = None if draw is None else Draw(materialize(draw, out))
-        return reference.score_loss(out, cs, ds, ws, z)[0].to(_compute_dtype(out))
+        return reference.score_loss(out, cs, ds, ws, z)[0].to(compute_dtype(out))
     with_grad = c is not None and out.requires_grad and torch.is_grad_enabled()
     shape_only = c is None  # then nothing depends on the values of out
     return _op("score_loss", out)(out.detach() if shape_only else out, cs, ds, ws, *noise, with_grad)[0]
@@ -291,7 +292,7 @@ def _register_fakes() -> None:
     fake = torch.library.register_fake
 
     def loss_fake(out, c, d, w, z, key, ids, draw, with_grad):
-        loss = out.new_empty((out.shape[0],), dtype=_compute_dtype(out))
+        loss = out.new_empty((out.shape[0],), dtype=compute_dtype(out))
         return loss, torch.empty_like(out) if with_grad else out.new_empty((0,))
 
     fake("scoresde_ext::affine")(lambda x, out, p, q: torch.empty_like(x))

@@ -371,7 +371,7 @@ class ProbabilityFlow:
     def coefficients(self, t: Any) -> tuple[Any, Any]:
         """``f, q`` with the derivative f x + q out."""
         f, g = self.sde.sde_coefficients(t)  # type: ignore[attr-defined]
-        return f, -0.5 * g * g * self.score_fn.coefficient(t)
+        return f, self.rsde.score_factor(g) * self.score_fn.coefficient(t)
 
     def coefficients_at(self, t: float) -> tuple[float, ...]:
         return at_time(self.coefficients, self.sde, t)  # type: ignore[arg-type]

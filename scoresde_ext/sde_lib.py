@@ -94,24 +94,27 @@ class ReverseSDE(SDE):
     ) -> None:
         super().__init__(forward.N)
         self.forward, self.score_fn, self.probability_flow = forward, score_fn, probability_flow
-        self._score_weight = 0.5 if probability_flow else 1.0
 
     @property
     def T(self) -> float:
         return self.forward.T
+
+    def score_factor(self, g: Any) -> Any:
+        """What the score is multiplied by in the drift: -g^2, or half of it along the probability flow."""
+        return (-0.5 if self.probability_flow else -1.0) * g * g
 
     def sde_terms(self, x: Tensor, t: Tensor) -> tuple[Any, Tensor, Any, Any]:
         """``(f, out, q, g)`` with drift f x + q out and diffusion g, where the forward SDE is affine; ``out`` is the
         raw network output where it can be."""
         f, g = self.forward.sde_coefficients(t)  # type: ignore[attr-defined]
         out, k = score_terms(self.score_fn, x, t)
-        return f, out, -self._score_weight * g * g * k, 0.0 if self.probability_flow else g
+        return f, out, self.score_factor(g) * k, 0.0 if self.probability_flow else g
 
     def discrete_terms(self, x: Tensor, t: Tensor) -> tuple[Any, Tensor, Any, Any]:
         """``(f, out, q, G)`` with ``x_i = x_{i+1} - (f x + q out) + G z``."""
         f, noise = self.forward.discrete_coefficients(t)  # type: ignore[attr-defined]
         out, k = score_terms(self.score_fn, x, t)
-        return f, out, -self._score_weight * noise * noise * k, 0.0 if self.probability_flow else noise
+        return f, out, self.score_factor(noise) * k, 0.0 if self.probability_flow else noise
 
     def sde(self, x: Tensor, t: Tensor) -> tuple[Tensor, Any]:
         check_inputs(x, t, self.T)
@@ -119,7 +122,7 @@ class ReverseSDE(SDE):
             f, out, q, diffusion = self.sde_terms(x, t)
             return ops.affine(x, out, f, q), diffusion
         drift, diffusion = self.forward.sde(x, t)
-        drift = drift - rows(self._score_weight * diffusion * diffusion, x) * self.score_fn(x, t)
+        drift = drift + rows(self.score_factor(diffusion), x) * self.score_fn(x, t)
         return drift, 0.0 if self.probability_flow else diffusion
 
     def discretize(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,7 +131,7 @@ class ReverseSDE(SDE):
             f, out, q, noise = self.discrete_terms(x, t)
             return ops.affine(x, out, f, q), noise if isinstance(noise, Tensor) else torch.zeros_like(t)
         step, noise = self.forward.discretize(x, t)
-        step = step - rows(self._score_weight * noise * noise, x) * self.score_fn(x, t)
+        step = step + rows(self.score_factor(noise), x) * self.score_fn(x, t)
         return step, torch.zeros_like(noise) if self.probability_flow else noise
 
     def marginal_prob(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
