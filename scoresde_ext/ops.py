@@ -77,6 +77,26 @@ def _number(name: str, v: Any, x: Tensor) -> Tensor:
     return v
 
 
+def _matrix(c: Any, n_terms: int, x: Tensor) -> Tensor:
+    """Coefficients of ``n_terms`` arrays as a tensor ``(M, n_terms)`` or ``(M, n_terms, B)``."""
+    if not isinstance(c, Tensor):
+        try:
+            c = torch.tensor(c, dtype=compute_dtype(x)).to(x.device, non_blocking=True)
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(
+                f"coefficients: expected a tensor or a nested sequence of numbers, (M, {n_terms}), got {c!r:.80}."
+            ) from None
+    if not c.is_floating_point():
+        raise TypeError(f"coefficients: expected a floating-point tensor, got {c.dtype}. Convert it with .to().")
+    shape = c.shape
+    if shape[1:] not in ((n_terms,), (n_terms, x.shape[0])) or not 1 <= shape[0] <= 4 or c.device != x.device:
+        raise ValueError(
+            f"coefficients: expected shape (M, {n_terms}) or (M, {n_terms}, {x.shape[0]}) on {x.device}, one column an "
+            f"array and M from 1 to 4, got {tuple(shape)} on {c.device}."
+        )
+    return c
+
+
 def _network(out: Any, q: Any, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """The network's output and its coefficient: both or neither."""
     if (out is None) != (q is None):
@@ -179,6 +199,39 @@ def score_loss(
     with_grad = c is not None and out.requires_grad and torch.is_grad_enabled()
     shape_only = c is None  # then nothing depends on the values of out
     return _op("score_loss", out)(out.detach() if shape_only else out, cs, ds, ws, *noise, with_grad)[0]
+
+
+# ---- multistep ----
+
+
+def combine(arrays: Sequence[Tensor], coefficients: Tensor | Sequence[Sequence[float]]) -> tuple[Tensor, ...]:
+    """``sum_k C[m, k] arrays[k]`` for each line m of a matrix, added in the order of k: the update of a multistep
+    method, and whatever else it makes of the same arrays, in one pass over them.
+
+    Args:
+        arrays: K arrays of one shape, 1 <= K <= 16.
+        coefficients: ``(M, K)``, or ``(M, K, B)`` for one matrix a sample, 1 <= M <= 4; a floating-point tensor on the
+            device of the arrays, or a nested sequence of numbers. float64 coefficients of float32 arrays are rounded
+            by the kernel and need no conversion.
+
+    Returns:
+        M arrays, each with the dtype and the memory format of the first array.
+
+    Raises:
+        TypeError: an array or the coefficients are of a wrong type or dtype.
+        ValueError: the number of arrays, or a shape or a device, is not as above.
+    """
+    if not isinstance(arrays, Sequence) or not 1 <= len(arrays) <= 16:
+        got = len(arrays) if isinstance(arrays, Sequence) else type(arrays).__name__
+        raise ValueError(f"arrays: expected a sequence of 1 to 16 tensors, got {got}.")
+    first = arrays[0]
+    _state("arrays", first)
+    terms, matrix = [_array("arrays", a, first) for a in arrays], _matrix(coefficients, len(arrays), first)
+    if _needs_reference(matrix, *terms):
+        dtype = compute_dtype(first)
+        results = reference.combine([a.to(dtype) for a in terms], matrix.to(dtype))
+        return tuple(r.to(first.dtype) for r in results)
+    return tuple(_op("combine", first)(terms, matrix))
 
 
 # ---- Runge-Kutta ----
@@ -301,6 +354,7 @@ def _register_fakes() -> None:
     )
     fake("scoresde_ext::perturb")(lambda x, m, s, z, key, ids, draw: torch.empty_like(x))
     fake("scoresde_ext::score_loss")(loss_fake)
+    fake("scoresde_ext::combine")(lambda arrays, c: [torch.empty_like(arrays[0]) for _ in range(c.shape[0])])
     fake("scoresde_ext::rk_stage")(lambda y, ks, a, h: torch.empty_like(y))
     fake("scoresde_ext::rk_drift_stage")(lambda y, ks, a, h, x, out, f, q: (torch.empty_like(y), torch.empty_like(y)))
     fake("scoresde_ext::rk_error")(

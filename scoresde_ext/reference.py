@@ -78,6 +78,18 @@ def score_loss(
     return loss, grad
 
 
+def combine(arrays: Sequence[Tensor], coefficients: Tensor | Sequence[Sequence[float]]) -> tuple[Tensor, ...]:
+    """``sum_k C[m, k] arrays[k]`` for every line m of the coefficients, ``(M, K)`` or, one matrix a sample,
+    ``(M, K, B)``."""
+    results = []
+    for line in coefficients:
+        total = rows(line[0], arrays[0]) * arrays[0]
+        for c, array in zip(line[1:], arrays[1:], strict=True):
+            total = total + rows(c, array) * array
+        results.append(total)
+    return tuple(results)
+
+
 def rk_stage(y: Tensor, ks: Sequence[Tensor], a: Sequence[float], h: Tensor | float) -> Tensor:
     """y + h sum_j a_j k_j"""
     total = torch.zeros_like(y)

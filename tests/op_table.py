@@ -58,6 +58,15 @@ def _loss_and_gradient(f: ModuleType, v: Arguments) -> tuple[Tensor, ...]:
     return loss.detach(), *torch.autograd.grad(loss.sum(), out)
 
 
+def _combine(f: ModuleType, v: Arguments) -> tuple[Tensor, ...]:
+    """Two lines of coefficients: a nested list, ``(M, K)``, or ``(M, K, B)`` where there is one a sample."""
+    lines: Any = [[v[f"c{m}{k}"] for k in range(3)] for m in range(2)]
+    if isinstance(v["c00"], Tensor):
+        size = () if v["c00"].numel() == 1 else v["c00"].shape
+        lines = torch.stack([torch.stack([c.reshape(size) for c in line]) for line in lines])
+    return f.combine([v["a0"], v["a1"], v["a2"]], lines)
+
+
 THIRDS = (1 / 3, 0.0, -4 / 3, 2 / 3)
 
 OPS = {
@@ -77,6 +86,9 @@ OPS = {
     "score_loss of noise": Op(_loss, ("shape",), ("d", "w"), noise=True, sums=(True,)),
     "score_loss and gradient": Op(
         _loss_and_gradient, ("out",), ("c", "d", "w"), noise=True, sums=(True, False)
+    ),
+    "combine": Op(
+        _combine, ("a0", "a1", "a2"), ("c00", "c01", "c02", "c10", "c11", "c12"), sums=(False, False),
     ),
     "rk_stage": Op(
         lambda f, v: (f.rk_stage(v["y"], _slopes(v), v["weights"], v["h"]),),

@@ -25,6 +25,7 @@ pytestmark = pytest.mark.skipif(NVCC is None, reason="no nvcc: nothing is known 
 MOST_REGISTERS = {
     "affine_kernel": 56,
     "residual_kernel": 48,
+    "combine_kernel": 112,
     "stage_kernel": 64,
     "error_kernel": 56,
     "noise_kernel": 32,
@@ -37,28 +38,41 @@ MOST_REGISTERS_OF_VECTOR = 48  # where numbers of at most four bytes are read in
 ARRAYS = {
     "affine_kernel": (("x", "out", "z"), ("mean", "next")),
     "residual_kernel": (("out", "z"), ("grad",)),
+    "combine_kernel": (("array",), ("result",)),
     "stage_kernel": (("k", "y", "x", "out"), ("k_new", "y_next")),
     "error_kernel": (("k", "y0", "y1"), ()),
     "noise_kernel": ((), ("values",)),
 }
 
 
+# The vector version of combine_kernel, by the number of its results, of which every thread keeps a chunk: 4 elements
+# of float32, and 8 of two bytes or as many registers of float64.
+MOST_REGISTERS_OF_COMBINE = {1: (48, 48), 2: (64, 80), 3: (64, 80), 4: (64, 104)}
+
+
 class Kernel(NamedTuple):
-    """One entry point: its name in the source, whether it is the vector version, whether for float64."""
+    """One entry point: its name in the source, whether it is the vector version, its storage type as nvcc writes it,
+    and for how many results."""
 
     name: str
     vector: bool
-    double: bool
+    storage: str
+    results: int
 
     @classmethod
     def of(cls, mangled: str) -> "Kernel":
         name = next(name for name in MOST_REGISTERS if name in mangled)
-        return cls(name, "Lb1E" in mangled, f"{name}Id" in mangled)
+        storage = re.search(rf"{name}I(\w*?)Lb", mangled)
+        results = re.search(r"Lb[01]ELi(\d)E", mangled)
+        return cls(name, "Lb1E" in mangled, storage[1] if storage else "", int(results[1]) if results else 1)
 
     @property
     def most_registers(self) -> int:
         most = MOST_REGISTERS[self.name]
-        in_double = self.double or self.name == "error_kernel"  # its sum cancels, and is taken in double for every type
+        if self.name == "combine_kernel":
+            return MOST_REGISTERS_OF_COMBINE[self.results][self.storage != "f"] if self.vector else most
+        # The sum of errors cancels, and is taken in double for every type.
+        in_double = self.storage == "d" or self.name == "error_kernel"
         return min(most, MOST_REGISTERS_OF_VECTOR) if self.vector and not in_double else most
 
 
@@ -124,7 +138,11 @@ def test_sums_are_added_in_a_fixed_order(outputs: dict[str, str]) -> None:
 
 def test_products_and_sums_are_rounded_one_by_one(outputs: dict[str, str]) -> None:
     """As on the CPU. (Noise asks for fused multiply-adds by name.)"""
-    plain = [code for kernel, code in entries(outputs["ptx"]) if kernel.name in ("stage_kernel", "error_kernel")]
+    plain = [
+        code
+        for kernel, code in entries(outputs["ptx"])
+        if kernel.name in ("combine_kernel", "stage_kernel", "error_kernel")
+    ]
     assert plain and not any("fma." in code for code in plain)
 
 

@@ -139,6 +139,8 @@ def test_arrays_on_different_devices_are_refused() -> None:
         (lambda: ops.affine(x, x.cpu(), 1.0, 1.0), "out"),
         (lambda: ops.affine(x.cpu(), x, 1.0, 1.0), "out"),
         (lambda: ops.affine(x, None, torch.ones(3)), "p"),
+        (lambda: ops.combine([x, x.cpu()], [[1.0, 1.0]]), "arrays"),
+        (lambda: ops.combine([x, x], torch.ones(1, 2)), "coefficients"),
         (lambda: ops.perturb(x, 1.0, 1.0, Draw(key=key)), "key"),
         (lambda: ops.perturb(x, 1.0, 1.0, Draw(key=key.to(DEVICE), ids=torch.arange(3))), "ids"),
         (lambda: ops.rk_control(norm, norm, after, -0.2), "after_rejection"),
@@ -276,7 +278,9 @@ def test_more_than_2_to_31_elements(rows: int, beyond: int) -> None:
     x[0, :64] = torch.arange(64, device=DEVICE)
     mean = ops.affine(x, x, 1.0, 0.5)
     assert torch.equal(mean, 1.5 * x)
-    del mean
+    (combined,) = ops.combine([x, x], [[1.0, 0.5]])
+    assert torch.equal(combined, mean)
+    del mean, combined
     loss = ops.score_loss(x, 1.0, None, 1.0).cpu()
     squares = float((torch.arange(64) ** 2).sum())
     expected = torch.zeros(rows)

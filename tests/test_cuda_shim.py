@@ -20,7 +20,8 @@ from scoresde_ext import _C, ops, reference
 from scoresde_ext.ops import Draw
 
 ROOT = Path(__file__).resolve().parent.parent
-FLAGS = ["-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-fno-strict-aliasing", "-pthread"]
+WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]  # nvcc has pragmas of its own
+FLAGS = ["-std=c++20", "-O1", *WARNINGS, "-ffp-contract=off", "-fno-strict-aliasing", "-pthread"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 TILE = 1024  # elements that make one partial sum
 UNLIMITED = 2**30
@@ -145,6 +146,18 @@ class Shim:
             grad = self.affine(grad, None, w)
         return loss, grad
 
+    def combine(self, arrays, coefficients) -> tuple[Tensor, ...]:
+        first = arrays[0]
+        matrix = coefficients if isinstance(coefficients, Tensor) else torch.tensor(coefficients)
+        matrix = matrix if matrix.dtype == torch.float64 else matrix.float()
+        results = {f"result{m}": torch.empty_like(first) for m in range(len(matrix))}
+        samples = matrix[0, 0].numel()
+        strides = {"c_m_stride": len(arrays) * samples, "c_k_stride": samples, "c_row_stride": int(matrix.dim() == 3)}
+        numbers = {"n_terms": len(arrays), "n_results": len(matrix), "c_double": int(matrix.dtype == torch.float64)}
+        given = {f"array{k}": a for k, a in enumerate(arrays)} | {"c": matrix}
+        self.run("combine", results, given, **self.shape(first), **numbers, **strides)
+        return tuple(results.values())
+
     def rk_stage(self, y, ks, a, h) -> Tensor:
         after = torch.empty_like(y)
         (given, strides), (slopes, weights) = self.coefficients(y, h=h), self.slopes("a", ks, a)
@@ -264,6 +277,19 @@ def cpu_loss_and_gradient(out: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return loss.detach(), *torch.autograd.grad(loss.sum(), out)
 
 
+def test_combine_of_any_number_of_arrays(shim: Shim) -> None:
+    """Bit for bit what plain torch gives: products and sums are rounded one by one, in order."""
+    for i, n_terms in enumerate(range(1, 17)):
+        for j, dtype in enumerate(DTYPES):
+            shape, compute = [(33, 8), (257, 3), (3, 1025)][(i + j) % 3], compute_dtype(dtype)
+            arrays = [torch.randn(shape).to(dtype) for _ in range(n_terms)]
+            for size in ((), shape[:1]):
+                matrix = torch.randn(1 + (i + j) % 4, n_terms, *size, dtype=DTYPES[i % 2])
+                right = reference.combine([a.to(compute) for a in arrays], matrix.to(compute))
+                for result, exact in zip(shim.set().combine(arrays, matrix), right, strict=True):
+                    assert torch.equal(result, exact.to(dtype))
+
+
 def test_noise(shim: Shim) -> None:
     key, draw = torch.tensor([-(2**40) + 7, 2**31]), 2**31 + 5
     for size in SHAPES:
@@ -352,6 +378,7 @@ def test_no_access_outside_the_arrays(op: Op, sanitized: Shim) -> None:
 
 
 def test_no_access_outside_the_other_arrays(sanitized: Shim) -> None:
+    test_combine_of_any_number_of_arrays(sanitized)
     test_noise(sanitized)
     test_control(sanitized)
 

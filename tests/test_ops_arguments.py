@@ -22,8 +22,9 @@ def refused(name: str, call: Callable[..., Any], *args: Any) -> None:
 
 
 def shown(name: str) -> str:
-    """The name of a slope in the signature."""
-    return "ks" if re.fullmatch(r"k\d", name) else "out" if name == "shape" else name
+    """The name in the signature."""
+    numbered = {"k": "ks", "a": "arrays"}
+    return numbered[name[0]] if re.fullmatch(r"[ka]\d", name) else "out" if name == "shape" else name
 
 
 # What is wrong with an array that goes with another, with the first one, with a coefficient.
@@ -70,7 +71,7 @@ def rows() -> list[Any]:
             table.append(
                 pytest.param(op_name, op.arrays[0], no_dimensions, id=f"{op_name}-{op.arrays[0]}-no dimensions")
             )
-        for name in op.coefficients:
+        for name in op.coefficients if op_name != "combine" else ():  # takes them as one tensor
             for problem, spoil in BAD_COEFFICIENTS.items():
                 # score_loss takes None for c and d
                 if not (name in "cd" and problem == "None"):
@@ -159,6 +160,48 @@ def test_weights_of_slopes(name: str) -> None:
         refused("e" if name == "rk_error" else "a", op.call, ops, v | {"weights": weights})
     many = {f"k{i}": v["k0"] for i in range(17)}
     refused("ks", op.call, ops, v | many | {"weights": (1.0,) * (18 if name == "rk_drift_stage" else 17)})
+
+
+def test_number_of_combined_arrays() -> None:
+    for n in (0, 17):
+        refused("arrays", ops.combine, [torch.ones(SHAPE)] * n, torch.ones(1, n))
+    refused("arrays", ops.combine, torch.ones(1, *SHAPE), torch.ones(1, 1))
+    refused("arrays", ops.combine, iter([torch.ones(SHAPE)]), torch.ones(1, 1))
+
+
+# Matrices for two arrays of three samples.
+BAD_MATRICES: dict[str, Any] = {
+    "no lines": torch.ones(0, 2),
+    "five lines": torch.ones(5, 2),
+    "too few columns": torch.ones(1, 1),
+    "too many columns": torch.ones(1, 3),
+    "too few samples": torch.ones(1, 2, B - 1),
+    "too many samples": torch.ones(1, 2, B + 1),
+    "one sample": torch.ones(1, 2, 1),
+    "samples first": torch.ones(B, 1, 2),
+    "one line alone": torch.ones(2),
+    "four dimensions": torch.ones(1, 2, B, 1),
+    "no dimensions": torch.tensor(1.0),
+    "integers": torch.ones(1, 2, dtype=torch.int64),
+    "complex": torch.ones(1, 2, dtype=torch.complex64),
+    "another device": torch.ones(1, 2, device="meta"),
+    "list of another length": [[1.0, 2.0, 3.0]],
+    "list of numbers": [1.0, 2.0],
+    "ragged list": [[1.0, 2.0], [3.0]],
+    "text": [["1", "2"]],
+    "a number": 1.0,
+    "None": None,
+}
+
+
+@pytest.mark.parametrize("problem", BAD_MATRICES)
+def test_combined_by_coefficients(problem: str) -> None:
+    """Also where an array that requires a gradient brings the reference in, and by the operator itself."""
+    x, matrix = torch.ones(SHAPE), BAD_MATRICES[problem]
+    refused("coefficients", ops.combine, [x, x], matrix)
+    refused("coefficients", ops.combine, [x, x.clone().requires_grad_()], matrix)
+    if isinstance(matrix, Tensor) and matrix.is_cpu:
+        refused("coefficients", torch.ops.scoresde_ext.combine.default, [x, x], matrix)
 
 
 @pytest.mark.parametrize("op_name", NOISY)

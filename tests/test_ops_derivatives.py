@@ -58,6 +58,11 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
             (array(f32, False), column(f32), None, column(f32, 1), None, None, None, 0, False),
             (array(f32, False), None, column(f32), column(f32), *array_noise, False),
         ],
+        "combine": [
+            ([array(f32, False), *slopes(2)], torch.randn(4, 3).double()),
+            ([last, last.contiguous()], torch.randn(1, 2, 3)),
+            ([array(bf16, False)], torch.randn(3, 1, 3).bfloat16()),
+        ],
         "rk_stage": [
             (array(f32, False), slopes(2), [0.5, 0.0], column(f32)),
             (array(bf16, False), [], [], column(f32, 1)),
@@ -125,6 +130,9 @@ FUNCTIONS: dict[str, tuple[int, Callable[..., Any]]] = {
     "score_loss of coefficients": (
         2, lambda out, c: ops.score_loss(out, c[:, 0, 0], c[:, 0, 1], c[0, 0, 2:3], Draw(z=A[0]))
     ),
+    "combine of arrays": (2, lambda x, y: ops.combine([x, A[0], y], [[0.5, 1.0, -2.0], [0.0, 2.0, 1.0]])),
+    "combine of coefficients": (2, lambda c, x: ops.combine([x, A[0]], c[0, :, :2])),
+    "combine of coefficients, one matrix a sample": (1, lambda c: ops.combine([A[0], A[1]], c.permute(1, 2, 0)[:, :2])),
 }  # fmt: skip
 torch.manual_seed(0)
 A = [array(grad=False) for _ in range(2)]
@@ -175,7 +183,7 @@ def gradients(op: Op, f: Any, v: Arguments, names: Sequence[str], weights: Seque
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ["affine", "affine_noise", "perturb", "score_loss"])
+@pytest.mark.parametrize("name", ["affine", "affine_noise", "perturb", "score_loss", "combine"])
 def test_gradients_in_lower_precision(name: str, dtype: torch.dtype) -> None:
     """Upstream gradients that differ from element to element, in another layout than the inputs."""
     op, shape = OPS[name], (4, 3, 5, 5)
@@ -319,12 +327,12 @@ def test_nothing_is_recorded_where_nothing_is_asked(grad_mode: str) -> None:
     draw = Draw(key=KEY)
     with {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode, "detached": torch.enable_grad}[grad_mode]():
         results = [ops.affine(x, None, p), *ops.affine_noise(x, x, p, p, p, draw), ops.perturb(x, p, p, draw)]
-        results += [ops.score_loss(x, p, p, p, draw)]
+        results += [ops.score_loss(x, p, p, p, draw), *ops.combine([x, x], torch.stack([p, p])[None])]
     assert not any(r.requires_grad for r in results)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ["affine", "affine_noise", "perturb", "score_loss"])
+@pytest.mark.parametrize("name", ["affine", "affine_noise", "perturb", "score_loss", "combine"])
 def test_coefficients_that_require_gradients_change_nothing_else(name: str, dtype: torch.dtype) -> None:
     """Answered by the reference: with the dtypes, the rounding and the strides of the kernels."""
     op = OPS[name]

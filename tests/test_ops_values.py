@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from op_table import COEFFICIENTS, DTYPES, NOISE, OPS, Arguments, Op, arguments, check
+from op_table import COEFFICIENTS, DTYPES, NOISE, OPS, Arguments, Op, arguments, check, compute_dtype
 from torch import Tensor
 
 from scoresde_ext import ops, reference
@@ -209,6 +209,8 @@ def reaches(name: str, op: Op, result: int) -> bool:
         return True
     if op is OPS["score_loss and gradient"]:
         return True
+    if op is OPS["combine"]:  # coefficient (m, k) is named cMK
+        return name[0] == "a" or name[1] == str(result)
     if op is OPS["rk_drift_stage"]:  # (slope, next state)
         return result == 1 or name in ("x", "out", "f", "q")
     return result == 1 or name not in ("n", "z")  # (mean, next)
@@ -273,6 +275,42 @@ def test_sums_of_long_rows_do_not_drift() -> None:
     assert ops.score_loss(out, 1.0, None, 1.0).item() == pytest.approx(right, rel=1e-6)
 
 
+# --- linear combinations ----------------------------------------------------------------------------------------------
+
+# Rows of as many elements as the coefficients are spread over in different ways, and longer than a tile.
+COMBINED = [(5,), (300, 1), (257, 2), (129, 3), (65, 4), (33, 5), (33, 8), (9, 13), (9, 16), (5, 40), (3, 1025)]
+
+
+@every_dtype
+@pytest.mark.parametrize("n_terms", range(1, 17))
+def test_combine_of_any_number_of_arrays(n_terms: int, dtype: torch.dtype) -> None:
+    """Bit for bit what plain torch gives: products and sums are rounded one by one, in order."""
+    compute = compute_dtype(dtype)
+    for i, shape in enumerate(COMBINED):
+        m, batch = 1 + (i + n_terms) % 4, shape[0]
+        arrays = [torch.randn(shape).to(dtype) for _ in range(n_terms)]
+        for matrix in (
+            torch.randn(m, n_terms, dtype=torch.float64),
+            torch.randn(n_terms, m).T,
+            torch.randn(m, n_terms, batch),
+            torch.randn(m, n_terms, batch, dtype=torch.float64),
+            torch.randn(batch, m, n_terms).permute(1, 2, 0),
+            torch.randn(m, n_terms, 1).expand(m, n_terms, batch),
+        ):
+            right = reference.combine([a.to(compute) for a in arrays], matrix.to(compute))
+            for result, exact in zip(ops.combine(arrays, matrix), right, strict=True):
+                assert torch.equal(result, exact.to(dtype))
+
+
+def test_combine_by_one_sample() -> None:
+    """(M, K, 1) is one matrix a sample too."""
+    x, y = torch.randn(1, 5), torch.randn(1, 5)
+    for result, right in zip(
+        ops.combine([x, y], [[[2.0], [3.0]], [[0.5], [-1.0]]]), (2 * x + 3 * y, x / 2 - y), strict=True
+    ):
+        torch.testing.assert_close(result, right)
+
+
 # --- the step-size controller -----------------------------------------------------------------------------------------
 
 
@@ -317,6 +355,9 @@ def test_float64_kernels_are_the_formula() -> None:
     error = ops.rk_error(x, y1, [out, z], (0.5, -1.0), 0.1, 1e-2, 1e-3)
     scale = 1e-3 + 1e-2 * torch.maximum(x.abs(), y1.abs())
     torch.testing.assert_close(error, ((0.1 * (0.5 * out - z) / scale) ** 2).sum(1))
+    first, second = ops.combine([x, out, z], [[0.5, 2.0, -1.0], [0.0, 1.0, 3.0]])
+    torch.testing.assert_close(first, 0.5 * x + 2 * out - z)
+    torch.testing.assert_close(second, out + 3 * z)
     slope, following = ops.rk_drift_stage(x, [z], (0.25, 0.5), -0.1, y1, out, 3.0, 4.0)
     torch.testing.assert_close(slope, 3 * y1 + 4 * out)
     torch.testing.assert_close(following, x - 0.1 * (0.25 * z + 0.5 * slope))

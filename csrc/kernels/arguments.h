@@ -12,6 +12,14 @@ SCORESDE_HD A at_row(Coefficient c, int64_t row) {
   return static_cast<const A*>(c.data)[row * c.stride];
 }
 
+// A coefficient of a row's matrix.
+template <class A>
+SCORESDE_HD A at_entry(const Matrices& c, int64_t m, int64_t k, int64_t row) {
+  const int64_t i = m * c.stride_m + k * c.stride_k + row * c.stride_row;
+  return c.is_double ? static_cast<A>(static_cast<const double*>(c.data)[i])
+                     : static_cast<A>(static_cast<const float*>(c.data)[i]);
+}
+
 SCORESDE_HD bool has_noise(const Noise& noise) { return noise.array || noise.key; }
 
 // The stream of random numbers of a row.

@@ -15,7 +15,7 @@ constexpr int64_t tile_size = Tiling::tile;
 
 template <class A>
 struct alignas(64) Scratch {
-  A values[tile_size];
+  A values[tile_size + 16];  // the last vector may stick out
 };
 
 // A tile: whole rows [row, row + rows), or columns [col, col + n) of one row; in both cases n elements from `offset`
@@ -71,11 +71,42 @@ struct Constant {
   A operator[](int64_t) const { return value; }
 };
 
+// Each number of c repeated `cols` times, in vectors of `width` numbers: what sticks out is overwritten by the next.
+// Loops over a few columns are vectorised only where their number is a constant.
+template <int64_t width, class A>
+void repeat(const A* c, int64_t rows, int64_t cols, A* values) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const A v = c[r];
+    for (int64_t j = 0; j < width; ++j) values[r * cols + j] = v;
+  }
+}
+
+// One number a row spread to one an element.
 template <class A>
-const A* spread(Coefficient c, const Tile& t, int64_t cols, Scratch<A>& scratch) {
-  for (int64_t r = 0; r < t.rows; ++r) {
-    const A v = at_row<A>(c, t.row + r);
-    for (int64_t j = 0; j < cols; ++j) scratch.values[r * cols + j] = v;
+const A* spread(const A* c, int64_t rows, int64_t cols, Scratch<A>& scratch) {
+  switch (cols) {
+    case 1:
+      return c;
+    case 2:
+      repeat<2>(c, rows, 2, scratch.values);
+      break;
+    case 3:
+      repeat<3>(c, rows, 3, scratch.values);
+      break;
+    case 4:
+      repeat<4>(c, rows, 4, scratch.values);
+      break;
+    default:
+      if (cols <= 8) {
+        repeat<8>(c, rows, cols, scratch.values);
+      } else if (cols <= 16) {
+        repeat<16>(c, rows, cols, scratch.values);
+      } else {
+        for (int64_t r = 0; r < rows; ++r) {
+          const A v = c[r];
+          for (int64_t j = 0; j < cols; ++j) scratch.values[r * cols + j] = v;
+        }
+      }
   }
   return scratch.values;
 }
@@ -87,7 +118,7 @@ void with_coefficient(Coefficient c, const Tile& t, int64_t cols, Body body) {
     body(Constant<A>{at_row<A>(c, t.row)});
   } else {
     Scratch<A> scratch;
-    body(spread(c, t, cols, scratch));
+    body(spread(static_cast<const A*>(c.data) + t.row * c.stride, t.rows, cols, scratch));
   }
 }
 
@@ -276,9 +307,81 @@ void residual_tiles(const ResidualArgs& args, int64_t begin, int64_t end) {
   }
 }
 
+constexpr int group = 8;  // terms of a linear combination that are added in one pass over a tile
+
+// Begins a sum, or goes on with it, by n terms.
+template <int n, bool begin, class A, class C>
+__attribute__((noinline)) void add_terms(const A* const* a, const C* c, int64_t size, A* __restrict sum) {
+  for (int64_t j = 0; j < size; ++j) {
+    A s = begin ? c[0][j] * a[0][j] : add_term<A>(sum[j], a[0][j], c[0][j]);
+    for (int k = 1; k < n; ++k) s = add_term<A>(s, a[k][j], c[k][j]);
+    sum[j] = s;
+  }
+}
+
+// The first group has as many terms, n of at most `most`, as leave full ones after it.
+template <int most = group, class A, class C>
+void begin_sum(int n, const A* const* a, const C* c, int64_t size, A* sum) {
+  if constexpr (most > 1) {
+    if (n < most) return begin_sum<most - 1>(n, a, c, size, sum);
+  }
+  add_terms<most, true>(a, c, size, sum);
+}
+
+template <class A, class C>
+void add_group(bool begin, int n, const A* const* a, const C* c, int64_t size, A* sum) {
+  if (begin) {
+    begin_sum(n, a, c, size, sum);
+  } else {
+    add_terms<group, false>(a, c, size, sum);
+  }
+}
+
+// Coefficient (m, k) of each row of a tile: where they lie, or a converted copy.
+template <class A>
+const A* load_entries(const Matrices& c, int64_t m, int64_t k, const Tile& t, Scratch<A>& scratch) {
+  if (c.is_double == (sizeof(A) == sizeof(double)) && c.stride_row == 1) {
+    return static_cast<const A*>(c.data) + m * c.stride_m + k * c.stride_k + t.row;
+  }
+  for (int64_t r = 0; r < t.rows; ++r) scratch.values[r] = at_entry<A>(c, m, k, t.row + r);
+  return scratch.values;
+}
+
+template <class T>
+void combine_tiles(const CombineArgs& args, int64_t begin, int64_t end) {
+  using A = compute_t<T>;
+  const Tiling tiling(args.rows, args.cols);
+  Scratch<A> scratch_a[group], scratch_c[group], scratch_entries[group], scratch_sums[max_results];
+  for (int64_t i = begin; i < end; ++i) {
+    const Tile t = tile_at(tiling, i);
+    A* sums[max_results];
+    for (int m = 0; m < args.n_results; ++m) sums[m] = target<T>(args.results[m], t, scratch_sums[m]);
+    int n = (args.n_terms - 1) % group + 1;
+    for (int k = 0; k < args.n_terms; k += n, n = group) {
+      const A* a[group];
+      for (int l = 0; l < n; ++l) a[l] = load<T>(args.arrays[k + l], t, scratch_a[l]);
+      for (int m = 0; m < args.n_results; ++m) {
+        if (t.rows == 1 || args.c.stride_row == 0) {
+          Constant<A> c[group];
+          for (int l = 0; l < n; ++l) c[l] = {at_entry<A>(args.c, m, k + l, t.row)};
+          add_group(k == 0, n, a, c, t.n, sums[m]);
+        } else {
+          const A* c[group];
+          for (int l = 0; l < n; ++l) {
+            const A* entries = load_entries(args.c, m, k + l, t, scratch_entries[l]);
+            c[l] = spread(entries, t.rows, args.cols, scratch_c[l]);
+          }
+          add_group(k == 0, n, a, c, t.n, sums[m]);
+        }
+      }
+    }
+    for (int m = 0; m < args.n_results; ++m) store<T>(args.results[m], t, sums[m]);
+  }
+}
+
 // sum_j a_j k_j over a tile
 template <class T, class A>
-void combine(const void* const* k, const double* a, int32_t stages, const Tile& t, A* sum) {
+void sum_slopes(const void* const* k, const double* a, int32_t stages, const Tile& t, A* sum) {
   Scratch<A> scratch;
   for (int64_t j = 0; j < t.n; ++j) sum[j] = 0;
   for (int32_t s = 0; s < stages; ++s) {
@@ -295,7 +398,7 @@ void stage_tiles(const StageArgs& args, int64_t begin, int64_t end) {
   Scratch<A> sum, scratch_x, scratch_out, scratch_k, scratch_y, scratch_next;
   for (int64_t i = begin; i < end; ++i) {
     const Tile t = tile_at(tiling, i);
-    combine<T>(args.k, args.a, args.stages, t, sum.values);
+    sum_slopes<T>(args.k, args.a, args.stages, t, sum.values);
     if (args.k_new) {
       const A* x = load<T>(args.x, t, scratch_x);
       const A* out = load<T>(args.out, t, scratch_out);
@@ -327,7 +430,7 @@ void error_tiles(const ErrorArgs& args, int64_t begin, int64_t end) {
   Scratch<A> scaled, scratch0, scratch1;
   for (int64_t i = begin; i < end; ++i) {
     const Tile t = tile_at(tiling, i);
-    combine<T>(args.k, args.e, args.stages, t, sum.values);
+    sum_slopes<T>(args.k, args.e, args.stages, t, sum.values);
     const A* y0 = load<T>(args.y0, t, scratch0);
     const A* y1 = load<T>(args.y1, t, scratch1);
     with_coefficient<A>(args.h, t, args.cols, [&](auto h) {
@@ -359,6 +462,7 @@ inline const CpuKernels& kernels(const char* capability) {
   static const CpuKernels table{capability,
                                 SCORESDE_BY_DTYPE(affine_tiles),
                                 SCORESDE_BY_DTYPE(residual_tiles),
+                                SCORESDE_BY_DTYPE(combine_tiles),
                                 SCORESDE_BY_DTYPE(stage_tiles),
                                 SCORESDE_BY_DTYPE(error_tiles),
                                 noise_tiles};

@@ -1,6 +1,7 @@
 // The CUDA kernels: the functors of csrc/math in the loops of cuda_loops.h, and how they are launched.
 #define SCORESDE_ISA device
 #include <initializer_list>
+#include <type_traits>
 
 #include "kernels/cuda_loops.h"
 
@@ -65,10 +66,33 @@ SCORESDE_KERNEL residual_kernel(const __grid_constant__ ResidualArgs args) {
   });
 }
 
+template <class T, bool vector, int n_results>
+SCORESDE_KERNEL combine_kernel(const __grid_constant__ CombineArgs args) {
+  using A = compute_t<T>;
+  for_each_chunk<T, vector>(args.rows, args.cols, [&](const Chunk& chunk) {
+    Values<T> sums[n_results];
+    const Values<T> first = load<T, vector>(args.arrays[0], chunk);
+    for (int m = 0; m < n_results; ++m) {
+      const A c = at_entry<A>(args.c, m, 0, chunk.row);
+      for (int i = 0; i < chunk_size<T>; ++i) sums[m][i] = c * first[i];
+    }
+    // Two arrays at a time: enough reads under way, and registers left for the sums.
+#pragma unroll 2
+    for (int32_t k = 1; k < args.n_terms; ++k) {
+      const Values<T> a = load<T, vector>(args.arrays[k], chunk);
+      for (int m = 0; m < n_results; ++m) {
+        const A c = at_entry<A>(args.c, m, k, chunk.row);
+        for (int i = 0; i < chunk_size<T>; ++i) sums[m][i] = add_term(sums[m][i], a[i], c);
+      }
+    }
+    for (int m = 0; m < n_results; ++m) store<T, vector>(args.results[m], chunk, sums[m]);
+  });
+}
+
 // sum = sum_j a_j k_j, added in type A
 template <class T, bool vector, class A>
-__device__ __forceinline__ void combine(const void* const* k, const double* a, int32_t stages, const Chunk& c,
-                                        A (&sum)[chunk_size<T>]) {
+__device__ __forceinline__ void sum_slopes(const void* const* k, const double* a, int32_t stages, const Chunk& c,
+                                           A (&sum)[chunk_size<T>]) {
   for (int i = 0; i < chunk_size<T>; ++i) sum[i] = 0;
   for (int32_t s = 0; s < stages; ++s) {
     const Values<T> slope = load<T, vector>(k[s], c);
@@ -82,7 +106,7 @@ SCORESDE_KERNEL stage_kernel(const __grid_constant__ StageArgs args) {
   using A = compute_t<T>;
   for_each_chunk<T, vector>(args.rows, args.cols, [&](const Chunk& c) {
     Values<T> sum;
-    combine<T, vector>(args.k, args.a, args.stages, c, sum.v);
+    sum_slopes<T, vector>(args.k, args.a, args.stages, c, sum.v);
     const Values<T> y = load<T, vector>(args.y, c);
     const A h = at_row<A>(args.h, c.row);
     if (args.k_new) {
@@ -105,7 +129,7 @@ SCORESDE_KERNEL error_kernel(const __grid_constant__ ErrorArgs args) {
   using A = compute_t<T>;
   sum_tiles<T, vector>(args.rows, args.cols, args.partials, [&](const Chunk& c) {
     double sum[chunk_size<T>];
-    combine<T, vector>(args.k, args.e, args.stages, c, sum);
+    sum_slopes<T, vector>(args.k, args.e, args.stages, c, sum);
     Values<T> error;
     const Values<T> y0 = load<T, vector>(args.y0, c), y1 = load<T, vector>(args.y1, c);
     const A h = at_row<A>(args.h, c.row), rtol = static_cast<A>(args.rtol), atol = static_cast<A>(args.atol);
@@ -188,7 +212,8 @@ template <class... Array>
 uintptr_t join(Array... arrays) {
   return (reinterpret_cast<uintptr_t>(arrays) | ...);
 }
-uintptr_t join(const void* const* arrays, int32_t n) {
+template <class Array>
+uintptr_t join(Array* const* arrays, int32_t n) {
   uintptr_t joined = 0;
   for (int32_t i = 0; i < n; ++i) joined |= reinterpret_cast<uintptr_t>(arrays[i]);
   return joined;
@@ -237,6 +262,28 @@ int cuda_launch(const ResidualArgs& args, void* stream) {
   return with_type(args.dtype, [&](auto number) {
     using T = decltype(number);
     return launch_chunks<T>(residual_kernel<T, true>, residual_kernel<T, false>, arrays, args, stream);
+  });
+}
+
+int cuda_launch(const CombineArgs& args, void* stream) {
+  const uintptr_t arrays = join(args.arrays, args.n_terms) | join(args.results, args.n_results);
+  return with_type(args.dtype, [&](auto number) {
+    using T = decltype(number);
+    const auto launch_results = [&](auto n) {
+      return launch_chunks<T>(combine_kernel<T, true, n>, combine_kernel<T, false, n>, arrays, args, stream);
+    };
+    switch (args.n_results) {
+      case 1:
+        return launch_results(std::integral_constant<int, 1>{});
+      case 2:
+        return launch_results(std::integral_constant<int, 2>{});
+      case 3:
+        return launch_results(std::integral_constant<int, 3>{});
+      case 4:
+        return launch_results(std::integral_constant<int, 4>{});
+      default:
+        return int{cudaErrorInvalidValue};
+    }
   });
 }
 

@@ -20,6 +20,16 @@ struct Coefficient {
   int64_t stride = 0;
 };
 
+constexpr int max_terms = 16, max_results = 4;
+
+// Coefficients c[m, k, row], one matrix a row (or row stride 0: one for all), as they come: kernels round them to the
+// compute type, which costs less than a pass of its own.
+struct Matrices {
+  const void* data;
+  bool is_double;  // else float
+  int64_t stride_m, stride_k, stride_row;
+};
+
 // Where the noise of a call comes from: an array, a counter-based stream, or nowhere.
 struct Noise {
   const void* array = nullptr;   // explicit noise in the storage type of the call
@@ -51,6 +61,16 @@ struct ResidualArgs {
   bool weighted_grad;
   void* grad;
   double* partials;  // row-major (rows, tiles a row): sums of r^2, not yet weighted
+};
+
+// results[m] = sum_k c[m, k] arrays[k], added in the order of k
+struct CombineArgs {
+  DType dtype;
+  int64_t rows, cols;
+  int32_t n_terms, n_results;
+  const void* arrays[max_terms];
+  Matrices c;
+  void* results[max_results];
 };
 
 // k_new = f x + q out (written where k_new is not null); y_next = y + h (sum_j a_j k_j + a_new k_new)
@@ -138,6 +158,7 @@ struct CpuKernels {
   const char* capability;
   void (*affine)(const AffineArgs&, int64_t begin, int64_t end);
   void (*residual)(const ResidualArgs&, int64_t begin, int64_t end);
+  void (*combine)(const CombineArgs&, int64_t begin, int64_t end);
   void (*stage)(const StageArgs&, int64_t begin, int64_t end);
   void (*error)(const ErrorArgs&, int64_t begin, int64_t end);
   void (*noise)(const NoiseArgs&, int64_t begin, int64_t end);
@@ -155,6 +176,7 @@ const char* cpu_capability();
 // means.
 int cuda_launch(const AffineArgs& args, void* stream);
 int cuda_launch(const ResidualArgs& args, void* stream);
+int cuda_launch(const CombineArgs& args, void* stream);
 int cuda_launch(const StageArgs& args, void* stream);
 int cuda_launch(const ErrorArgs& args, void* stream);
 int cuda_launch(const NoiseArgs& args, void* stream);

@@ -18,6 +18,12 @@ SCORESDE_HD A affine_next(A mean, A z, A n) {
   return mean + n * z;
 }
 
+// sum + c a: one more term of a linear combination
+template <class A>
+SCORESDE_HD A add_term(A sum, A a, A c) {
+  return sum + c * a;
+}
+
 // r = c out + d z, the residual whose weighted square is the denoising score-matching loss
 template <class A>
 SCORESDE_HD A residual(A out, A z, A c, A d) {

@@ -108,6 +108,27 @@ struct Numbers {
   }
 };
 
+// The coefficient matrices of a linear combination of `n_terms` arrays like `x`, kept alive for the call.
+struct MatricesInput {
+  Tensor held;
+  Matrices matrices;
+
+  MatricesInput(const Tensor& t, int64_t n_terms, const Tensor& x) {
+    TORCH_CHECK_VALUE((t.dim() == 2 || (t.dim() == 3 && t.size(2) == x.size(0))) && t.size(0) >= 1 &&
+                          t.size(0) <= max_results && t.size(1) == n_terms,
+                      "coefficients: expected shape (M, ", n_terms, ") or (M, ", n_terms, ", ", x.size(0),
+                      "), one column an array, M from 1 to ", max_results, ", got ", t.sizes(), ".");
+    TORCH_CHECK_VALUE(t.device() == x.device(), "coefficients: expected device ", x.device(), ", got ", t.device(),
+                      ". Move them with .to().");
+    TORCH_CHECK_TYPE(t.is_floating_point(), "coefficients: expected a floating-point tensor, got ", t.scalar_type(),
+                     ".");
+    const bool is_read = t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble;
+    held = is_read ? t : t.to(at::kFloat);
+    matrices = {held.const_data_ptr(), held.scalar_type() == at::kDouble, held.stride(0), held.stride(1),
+                held.dim() == 3 ? held.stride(2) : 0};
+  }
+};
+
 // The noise arguments of an op: an array `z`, or a `key` (with `ids`, `draw`), or nothing.
 struct NoiseInput {
   Tensor z, key, ids;
@@ -279,6 +300,34 @@ std::tuple<Tensor, Tensor> score_loss(const Tensor& out, const OptTensor& c, con
   return {sum_rows(partials, ws, compute_type(out)), with_grad ? layout.result(grad) : grad};
 }
 
+// ---- multistep ----
+
+std::vector<Tensor> combine(at::TensorList arrays, const Tensor& coefficients) {
+  TORCH_CHECK_VALUE(arrays.size() >= 1 && arrays.size() <= max_terms, "arrays: expected 1 to ", max_terms,
+                    " arrays, got ", arrays.size(), ".");
+  const Tensor& first = arrays[0];
+  CombineArgs args{};
+  args.dtype = dtype_of(first, "arrays");
+  const Layout layout(first, "arrays[0]", false);
+  const Shape shape = shape_of(first, "arrays");
+  const MatricesInput c(coefficients, static_cast<int64_t>(arrays.size()), first);
+  args.rows = shape.rows, args.cols = shape.cols, args.c = c.matrices;
+  std::vector<Tensor> held, results;
+  held.reserve(arrays.size());
+  for (const Tensor& array : arrays) {
+    held.push_back(layout.input(array, "arrays"));
+    args.arrays[args.n_terms++] = held.back().const_data_ptr();
+  }
+  results.reserve(max_results);
+  for (int64_t m = 0; m < coefficients.size(0); ++m) {
+    results.push_back(layout.output());
+    args.results[args.n_results++] = results.back().mutable_data_ptr();
+  }
+  run(cpu_kernels().combine, args, first.device());
+  for (Tensor& result : results) result = layout.result(result);
+  return results;
+}
+
 // ---- Runge-Kutta ----
 
 // The slopes that count: pointers and coefficients, without those whose coefficient is zero.
@@ -422,6 +471,7 @@ void implement(torch::Library& m) {
   m.impl("affine_noise", &affine_noise);
   m.impl("perturb", &perturb);
   m.impl("score_loss", &score_loss);
+  m.impl("combine", &combine);
   m.impl("rk_stage", &rk_stage);
   m.impl("rk_drift_stage", &rk_drift_stage);
   m.impl("rk_error", &rk_error);
@@ -443,6 +493,7 @@ TORCH_LIBRARY(scoresde_ext, m) {
       "score_loss(Tensor out, Tensor? c, Tensor? d, Tensor w, Tensor? z, Tensor? key, Tensor? ids, int draw, bool "
       "with_grad) "
       "-> (Tensor, Tensor)");
+  m.def("combine(Tensor[] arrays, Tensor coefficients) -> Tensor[]");
   m.def("rk_stage(Tensor y, Tensor[] ks, float[] a, Tensor h) -> Tensor");
   m.def(
       "rk_drift_stage(Tensor y, Tensor[] ks, float[] a, Tensor h, Tensor x, Tensor out, Tensor f, Tensor q) -> "

@@ -93,6 +93,17 @@ int run(const std::string& kernel, const Call& call) {
                             call.array<double>("partials")};
     return cuda_launch(args, nullptr);
   }
+  if (kernel == "combine") {
+    CombineArgs args{};
+    args.dtype = call.dtype(), args.rows = rows, args.cols = cols;
+    args.n_terms = static_cast<int32_t>(call.integer("n_terms"));
+    args.n_results = static_cast<int32_t>(call.integer("n_results"));
+    for (int32_t k = 0; k < args.n_terms; ++k) args.arrays[k] = call.array("array" + std::to_string(k));
+    for (int32_t m = 0; m < args.n_results; ++m) args.results[m] = call.array("result" + std::to_string(m));
+    args.c = {call.array("c"), call.integer("c_double") != 0, call.integer("c_m.stride"), call.integer("c_k.stride"),
+              call.integer("c_row.stride")};
+    return cuda_launch(args, nullptr);
+  }
   if (kernel == "stage") {
     StageArgs args{};
     args.dtype = call.dtype(), args.rows = rows, args.cols = cols;
