@@ -73,13 +73,19 @@ def check_eps(eps: float, T: float) -> None:
         raise ValueError(f"eps: expected a time in (0, T = {T}), got {eps}.")
 
 
-def check_tolerances(rtol: float, atol: float) -> None:
-    """Tolerances have to be positive and finite (one of them may be zero)."""
+def check_tolerances(rtol: float, atol: float, *ys: Tensor) -> None:
+    """Tolerances have to be positive and finite (one of them may be zero), and above the rounding of the states."""
     for name, value in (("rtol", rtol), ("atol", atol)):
         if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
             raise ValueError(f"{name}: expected a non-negative number, got {value!r}.")
     if rtol == 0 and atol == 0:
         raise ValueError("rtol, atol: expected at least one above zero, got 0 and 0.")
+    largest = max((y.abs().max().item() for y in ys if y.numel()), default=0.0)
+    if largest > 0 and rtol + atol / largest < (rounding := torch.finfo(ys[0].dtype).eps):
+        raise ValueError(
+            f"rtol, atol: expected more than the rounding of {ys[0].dtype}, {rounding:.1e} of the largest value "
+            f"{largest:.3g}, got {rtol:g} and {atol:g}. Loosen them, or integrate in float64."
+        )
 
 
 def check_corrector(snr: float, n_steps: int) -> None:
@@ -96,7 +102,7 @@ def bad_rows(*ys: Tensor) -> list[int]:
     return torch.nonzero(torch.as_tensor(bad)).flatten().tolist()
 
 
-def name_rows(rows: Sequence[int]) -> str:
+def name_rows(rows: Sequence[Any]) -> str:
     """In words: "sample 3", "samples 0, 2, 5", "samples 0, 1, 2, 3, 4, ... (12 in all)"."""
     shown = ", ".join(str(r) for r in rows[:5])
     more = f", ... ({len(rows)} in all)" if len(rows) > 5 else ""

@@ -39,6 +39,14 @@ def expm1(v: Time) -> Time:
     return v.expm1() if isinstance(v, Tensor) else math.expm1(v)
 
 
+def asinh(v: Time) -> Time:
+    return v.asinh() if isinstance(v, Tensor) else math.asinh(v)
+
+
+def log1p(v: Time) -> Time:
+    return v.log1p() if isinstance(v, Tensor) else math.log1p(v)
+
+
 def sqrt(v: Time) -> Time:
     return v.sqrt() if isinstance(v, Tensor) else math.sqrt(v)
 
@@ -178,6 +186,80 @@ class AffineSDE(SDE):
         dt = self.T / self.N
         return f * dt, g * math.sqrt(dt)
 
+    def transition(self, earlier: float, later: float) -> tuple[float, float]:
+        """``a, b`` with p(x_later | x_earlier) = N(a x_earlier, b^2), in double precision. Time 0 is the data, m = 1
+        and s = 0, also where s(0) is above 0."""
+        m, s = at_time(self.marginal_coefficients, self, later)
+        m0, s0 = at_time(self.marginal_coefficients, self, earlier) if earlier > 0 else (1.0, 0.0)
+        a = m / m0
+        return a, math.sqrt(max(s * s - (a * s0) ** 2, 0.0))
+
+    def log_snr(self, t: Any) -> Any:
+        """``log(m / s)``, half the logarithm of the signal-to-noise ratio, which falls as t grows: a float for a float,
+        a tensor like ``t`` for a tensor ``(B,)``."""
+        if isinstance(t, Tensor):
+            m, s = self.marginal_coefficients(t)
+            return (m / s).log()
+        m, s = at_time(self.marginal_coefficients, self, t)
+        return math.log(m / s) if s > 0 else math.inf
+
+    def time_at(self, log_snr: Any) -> Any:
+        """The time in [0, T] at which :meth:`log_snr` has this value, or the end next to it: a float for a float, a
+        tensor like ``log_snr`` for a float64 tensor of any shape.
+
+        The SDEs of this module have a formula. For others it is found by Newton's method, which takes the derivative
+        from :meth:`sde_coefficients`.
+
+        Raises:
+            ValueError: the log-SNR does not fall as t grows.
+        """
+        if type(self).__module__ == __name__:  # a subclass may have other coefficients
+            t = self._time_at(log_snr)
+            return t.clamp(0.0, self.T) if isinstance(t, Tensor) else min(max(t, 0.0), float(self.T))
+        if isinstance(log_snr, Tensor):
+            return self._search_time(log_snr.flatten()).reshape(log_snr.shape)
+        return float(self._search_time(torch.tensor([log_snr], dtype=torch.float64)))
+
+    def _time_at(self, log_snr: Any) -> Any:
+        raise NotImplementedError
+
+    def _search_time(self, log_snr: Tensor) -> Tensor:
+        """Newton's method in log t, of which the log-SNR is nearly a linear function at small t, within a bracket that
+        is halved where Newton's method would leave it, and now and then, should it crawl. A value that is found stays
+        as it is while others are sought: none depends on its neighbours."""
+        early, late = self._bracket(log_snr)
+        t, found = late, torch.zeros_like(log_snr, dtype=torch.bool)
+        for i in range(256):
+            excess = self.log_snr(t) - log_snr
+            early, late = torch.where(excess > 0, t, early), torch.where(excess < 0, t, late)
+            (_, s), (_, g) = self.marginal_coefficients(t), self.sde_coefficients(t)
+            slope = -0.5 * (g / s).square()  # of the log-SNR: f - (g^2 + 2 f s^2) / (2 s^2)
+            newton, middle = t * torch.exp(-excess / (t * slope)), 0.5 * (early + late)
+            good = (newton >= early) & (newton <= late) & (newton > 0) & (i % 4 < 3)
+            following = torch.where(good, newton, middle)
+            # Newton's error is squared at each step: below 1e-8, the step found the last digit.
+            at_end = torch.where(good, (newton - t).abs() <= 1e-8 * t, late - early <= 1e-15 * late)
+            t, found = torch.where(found, t, following), found | at_end
+            if bool(found.all()):
+                break
+        return torch.where(log_snr.isnan(), log_snr, t)
+
+    def _bracket(self, log_snr: Tensor) -> tuple[Tensor, Tensor]:
+        """Neighbours in a table of times between which the log-SNR takes these values."""
+        steps = torch.arange(1, 65, dtype=log_snr.dtype, device=log_snr.device) / 64
+        times = self.T * steps**4
+        table = self.log_snr(times)
+        falls = table.diff() < 0
+        if not bool(falls.all()):
+            t = times[int((~falls).nonzero()[0])]
+            raise ValueError(
+                f"sde: expected a log-SNR log(m / s) that falls as t grows, but that of {type(self).__name__} does "
+                f"not after t = {t:g}."
+            )
+        index = torch.searchsorted(-table, -log_snr)
+        times = torch.cat([torch.zeros_like(times[:1]), times, times[-1:]])
+        return times[index], times[index + 1]
+
     def sde(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         check_inputs(x, t, self.T)
         f, g = self.sde_coefficients(t)
@@ -214,6 +296,11 @@ def at_time(coefficients: Callable[[Any], tuple[Any, ...]], sde: AffineSDE, t: f
     if type(sde).__module__ == __name__:
         return coefficients(t)
     return tuple(float(c) for c in coefficients(torch.tensor([t], dtype=torch.float64)))
+
+
+def log_snr(sde: AffineSDE, t: Any) -> Any:
+    """:meth:`AffineSDE.log_snr` of ``sde``."""
+    return sde.log_snr(t)
 
 
 _AFFINE_METHODS = ("sde", "marginal_prob", "discretize")
@@ -262,6 +349,11 @@ class _DiscreteVP(AffineSDE):
         """log m(t) = - 1/2 of the integral of beta."""
         return -0.25 * t * t * (self.beta_1 - self.beta_0) - 0.5 * t * self.beta_0
 
+    def _time_at_log_mean(self, log_mean: Time) -> Time:
+        """The root of the quadratic :meth:`log_mean`, in the form that does not cancel."""
+        slope = self.beta_1 - self.beta_0
+        return -4.0 * log_mean / (self.beta_0 + sqrt(self.beta_0**2 - 4.0 * slope * log_mean))
+
 
 class VPSDE(_DiscreteVP):
     """Variance preserving: dx = -beta(t)/2 x dt + sqrt(beta(t)) dw (Song et al. 2021, eq. 11; with
@@ -278,6 +370,9 @@ class VPSDE(_DiscreteVP):
     def marginal_coefficients(self, t: Any) -> tuple[Any, Any]:
         log_mean = self.log_mean(t)
         return exp(log_mean), sqrt(-expm1(2.0 * log_mean))
+
+    def _time_at(self, log_snr: Any) -> Any:
+        return self._time_at_log_mean(-0.5 * log1p(exp(-2.0 * log_snr)))
 
     def sde_coefficients(self, t: Any) -> tuple[Any, Any]:
         beta = self.beta(t)
@@ -296,6 +391,10 @@ class subVPSDE(_DiscreteVP):
     def marginal_coefficients(self, t: Any) -> tuple[Any, Any]:
         log_mean = self.log_mean(t)
         return exp(log_mean), -expm1(2.0 * log_mean)
+
+    def _time_at(self, log_snr: Any) -> Any:
+        # m / (1 - m^2) = e^l, so that m = sqrt(1 + r^2) - r = exp(-asinh r) with r = e^-l / 2
+        return self._time_at_log_mean(-1.0 * asinh(0.5 * exp(-1.0 * log_snr)))
 
     def sde_coefficients(self, t: Any) -> tuple[Any, Any]:
         beta = self.beta(t)
@@ -328,6 +427,11 @@ class VESDE(AffineSDE):
 
     def marginal_coefficients(self, t: Any) -> tuple[Any, Any]:
         return (torch.ones_like(t) if isinstance(t, Tensor) else 1.0), self.sigma(t)
+
+    def _time_at(self, log_snr: Any) -> Any:
+        if self.sigma_min == self.sigma_max:
+            raise ValueError(f"sde: expected a log-SNR that falls as t grows, but sigma is always {self.sigma_min}.")
+        return (-log_snr - math.log(self.sigma_min)) / math.log(self.sigma_max / self.sigma_min)
 
     def sde_coefficients(self, t: Any) -> tuple[Any, Any]:
         zero = torch.zeros_like(t) if isinstance(t, Tensor) else 0.0

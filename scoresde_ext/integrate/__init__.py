@@ -1,0 +1,260 @@
+"""Integration of batches, with the state on its device and in its dtype.
+
+:func:`solve` is the entrance. ``tableaus`` holds the Runge-Kutta methods as data, ``runge_kutta`` runs them,
+``multistep`` has the methods that use past evaluations, ``drift`` says what a right-hand side is, ``run`` and
+``results`` keep the books.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..checks import check_state, check_tolerances
+from .drift import Drift, Function, Terms, Time, time_vector
+from .multistep import MULTISTEP, Adaptive, CalibratedGrid, FixedGrid, Flow, grid_tables
+from .results import Solution, SolverError, Status
+from .run import Run, padded
+from .runge_kutta import FixedSteps, Joint, PerSample
+from .tableaus import METHODS, Tableau, tableau_of
+
+__all__ = [
+    "METHODS",
+    "MULTISTEP",
+    "CalibratedGrid",
+    "Drift",
+    "Solution",
+    "SolverError",
+    "Status",
+    "Tableau",
+    "Terms",
+    "Time",
+    "padded",
+    "solve",
+    "time_vector",
+]
+
+ADAPTIVE = ("RK23", "RK45", "DOP853")
+CONTROLS = ("joint", "per_sample")
+COORDINATES = ("t", "angle")
+
+
+def solve(
+    f: Callable[..., Any] | Drift,
+    t_span: tuple[float, float],
+    y0: Tensor | tuple[Tensor, ...],
+    method: str | Tableau = "RK45",
+    *,
+    rtol: float = 1e-5,
+    atol: float = 1e-5,
+    control: str = "joint",
+    coordinate: str = "t",
+    order: int = 3,
+    steps: int | None = None,
+    grid: Sequence[float] | CalibratedGrid | None = None,
+    t_eval: Sequence[float] | None = None,
+    first_step: float | None = None,
+    max_steps: int = 10_000,
+    pi: bool = False,
+    on_failure: str = "raise",
+    progress: bool = False,
+) -> Solution:
+    """Integrates ``dy/dt = f(t, y)`` from ``t_span[0]`` to ``t_span[1]``, in either direction, to exactly the end
+    point. No evaluation lies outside ``t_span``.
+
+    Adaptive methods take the step control of scipy's ``solve_ivp``: RMS norm, its initial step, safety 0.9, factors
+    0.2 to 10, no growth after a rejection. Under ``control='joint'`` the norm is over the whole batch, and the
+    decisions are scipy's. Under ``control='per_sample'`` each sample has its own; its result then does not depend on
+    the rest of the batch, to the bit, where ``f`` computes each sample by itself.
+
+    A sample that gets NaN or Inf, or cannot go on, is left out and named; the others finish as if it had not been
+    there.
+
+    Args:
+        f: ``f(t, y)`` with ``t`` of shape ``(B,)`` (float32, or float64 for a float64 state) returning the derivative,
+            shape and dtype of ``y``; or a :class:`Drift`.
+        t_span: start and end.
+        y0: ``(B, *)``, or a tuple of such arrays with one B that form the state together (``f`` then takes and returns
+            tuples). float32 or float64 is kept; no gradient is recorded.
+        method: ``RK23 RK45 DOP853`` (adaptive), ``euler midpoint heun rk4`` (fixed steps), or a :class:`Tableau`. For
+            the :class:`scoresde_ext.flow.ProbabilityFlow` of an affine SDE also ``unipc`` (adaptive, or in fixed steps)
+            and ``dpmpp_2m`` (fixed steps), which evaluate once a step.
+        rtol, atol: tolerances of the adaptive methods: an error of ``atol + rtol max(|y|, |y_new|)`` an element is
+            allowed.
+        control: ``joint`` or ``per_sample``: one step size for the batch, or one a sample.
+        coordinate: ``t``, or ``angle``: the probability flow of an affine SDE is integrated in phi = atan(s / m), the
+            state divided by sqrt(m^2 + s^2). ``f`` is then a :class:`scoresde_ext.flow.ProbabilityFlow`.
+        order: of ``unipc``: 1 to 4, its predictor's; its corrector has one more.
+        steps: number of equal steps (in the coordinate; ``unipc`` and ``dpmpp_2m``: in the angle); required by a
+            fixed-step method, unless ``grid`` is given. With an adaptive method, its formula is run in fixed steps, and
+            the tolerances are not used.
+        grid: the times of fixed steps, from ``t_span[0]`` to ``t_span[1]``; or, for ``unipc``, what
+            :func:`scoresde_ext.sampling.calibrate_grid` returned, which brings its order and coefficients.
+        t_eval: times within ``t_span``, in its direction, at which the state is wanted too, by interpolation within the
+            steps of an adaptive method (RK45: of 4th order; RK23: the cubic through both ends).
+        first_step: first step size of an adaptive method, in the coordinate (``unipc``: in log-SNR); chosen by
+            scipy's rule if None (``unipc``: 0.5).
+        max_steps: attempted steps of an adaptive method after which a sample is given up.
+        pi: proportional-integral step control: the error norm of the step before counts too (Hairer, Norsett, Wanner,
+            "Solving Ordinary Differential Equations II", section IV.2). Fewer rejections on stiff problems.
+        on_failure: ``raise`` a :class:`SolverError`, or return with the failures in ``Solution.status``.
+        progress: show a progress bar on a terminal.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong; before any evaluation. What ``f`` raises at its first evaluation is
+            handed on as it is.
+        SolverError: some samples could not be finished (unless ``on_failure='status'``); ``.solution`` has the others.
+    """
+    packed = isinstance(y0, tuple)
+    ys = y0 if isinstance(y0, tuple) else (y0,)
+    _check_problem(f, t_span, ys)
+    _check_choices(control, coordinate, on_failure, max_steps)
+    if steps is not None and grid is not None:
+        raise ValueError("steps, grid: expected one of them, got both.")
+    fixed = steps is not None or grid is not None
+    if fixed and t_eval is not None:
+        raise ValueError("t_eval: expected an adaptive method; with fixed steps, integrate from time to time.")
+    start, end = (float(t) for t in t_span)
+    calibrated = grid if isinstance(grid, CalibratedGrid) else None
+    if calibrated and method != "unipc":
+        raise ValueError(f"grid: this one was calibrated for method='unipc', got {method!r}.")
+    times = None if grid is None else _check_grid(calibrated.times if calibrated else grid, start, end)
+    wanted = None if t_eval is None else _check_t_eval(t_eval, start, end)
+    if not fixed:
+        check_tolerances(rtol, atol, *ys)
+    ys = tuple(y.detach().contiguous() for y in ys)
+    problem = ((start, end), ys, packed, max_steps)
+    per_sample = control == "per_sample"
+
+    run: Run
+    if method in MULTISTEP:
+        flow = _check_multistep(f, str(method), order, coordinate, pi, first_step)
+        if fixed:
+            times = times or _angle_grid(flow, start, end, steps)
+            if calibrated:
+                tables = calibrated.tables(flow)
+            else:
+                tables = grid_tables(flow, times, order if method == "unipc" else 2, str(method))
+            run = FixedGrid(times, tables, flow, *problem, None, progress)
+        elif method == "unipc":
+            run = Adaptive(order, rtol, atol, first_step, per_sample, flow, *problem, wanted, progress)
+        else:
+            raise ValueError(f"steps: expected a number of steps, or a grid, for the fixed-step method {method!r}.")
+        return run.solve(on_failure)
+
+    tableau = _method(method)
+    if wanted and not tableau.dense and tableau.order > 4:
+        raise ValueError(f"t_eval: {method!r} has no interpolation as accurate as its steps. Use RK45 or unipc.")
+    if not (tableau.errors or fixed):
+        raise ValueError(f"steps: expected a number of steps, or a grid, for the fixed-step method {method!r}.")
+    drift: Drift = f if hasattr(f, "terms") else Function(f, packed)
+    angle = None
+    if coordinate == "angle":
+        if not hasattr(f, "in_angle"):
+            raise ValueError(
+                f"coordinate: 'angle' expects f to be the ProbabilityFlow of an affine SDE, got {f!r:.80}."
+            )
+        drift = angle = f.in_angle((start, end))
+        to = angle.coordinate
+        times, wanted = (None if v is None else [to(t) for t in v] for v in (times, wanted))
+        problem = ((to(start), to(end)), (angle.enter(ys[0], start),), packed, max_steps)
+    span = problem[0]
+    if fixed:
+        run = FixedSteps(tableau, times or _even(steps, *span), drift, *problem, None, progress)
+    else:
+        _check_first_step(first_step, abs(span[1] - span[0]))
+        kind = PerSample if per_sample else Joint
+        run = kind(tableau, rtol, atol, first_step, pi, drift, *problem, wanted, progress)
+    return run.solve(on_failure, angle)
+
+
+def _method(method: str | Tableau) -> Tableau:
+    if not isinstance(method, Tableau) and method not in METHODS:
+        raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}.")
+    return tableau_of(method)
+
+
+def _check_problem(f: Any, t_span: tuple[float, float], ys: tuple[Tensor, ...]) -> None:
+    if not callable(f) and not hasattr(f, "terms"):
+        raise TypeError(f"f: expected a function f(t, y) or a Drift, got {type(f).__name__}.")
+    try:
+        start, end = (float(t) for t in t_span)
+    except (TypeError, ValueError):
+        raise ValueError(f"t_span: expected a start and an end time, got {t_span!r}.") from None
+    if not (math.isfinite(start) and math.isfinite(end)) or start == end:
+        raise ValueError(f"t_span: expected two different finite times, got {t_span}.")
+    if not ys:
+        raise ValueError("y0: expected at least one array, got an empty tuple.")
+    for y in ys:
+        check_state("y0", y)
+        if len(y) != len(ys[0]) or y.device != ys[0].device or y.dtype != ys[0].dtype:
+            raise ValueError("y0: expected parts of one batch size, dtype and device.")
+
+
+def _check_choices(control: str, coordinate: str, on_failure: str, max_steps: int) -> None:
+    for name, value, choices in (
+        ("control", control, CONTROLS),
+        ("coordinate", coordinate, COORDINATES),
+        ("on_failure", on_failure, ("raise", "status")),
+    ):
+        if value not in choices:
+            raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}.")
+    if not isinstance(max_steps, int) or max_steps < 1:
+        raise ValueError(f"max_steps: expected a number of steps from 1 on, got {max_steps!r}.")
+
+
+def _check_first_step(first_step: float | None, longest: float) -> None:
+    if first_step is not None and not (isinstance(first_step, (int, float)) and 0 < first_step <= longest):
+        raise ValueError(f"first_step: expected a step within the interval, got {first_step!r}.")
+
+
+def _check_t_eval(times: Sequence[float], start: float, end: float) -> list[float]:
+    wanted = [float(t) for t in times]
+    direction = math.copysign(1.0, end - start)
+    path = [direction * t for t in (start, *wanted, end)]
+    if not all(math.isfinite(t) for t in path) or path != sorted(path):
+        raise ValueError(f"t_eval: expected times from {start:g} to {end:g}, in this order, got {wanted}.")
+    return wanted
+
+
+def _check_multistep(f: Any, method: str, order: int, coordinate: str, pi: bool, first_step: float | None) -> Flow:
+    if not hasattr(f, "require_affine"):
+        raise ValueError(f"method: {method!r} expects f to be the ProbabilityFlow of an affine SDE, got {f!r:.80}.")
+    f.require_affine(f"method={method!r}")
+    if coordinate != "t":
+        raise ValueError(f"coordinate: {method!r} has its own, the angle; leave it at 't', got {coordinate!r}.")
+    if pi:
+        raise ValueError(f"pi: leave it at False, {method!r} has a controller of its own.")
+    if not isinstance(order, int) or not 1 <= order <= 4:
+        raise ValueError(f"order: expected 1, 2, 3 or 4, got {order!r}.")
+    _check_first_step(first_step, math.inf)
+    return f
+
+
+def _angle_grid(flow: Flow, start: float, end: float, steps: int | None) -> list[float]:
+    """Times equally spaced in the angle atan(s / m), the ends exact."""
+    first, last = (math.atan(math.exp(-flow.sde.log_snr(t))) for t in (start, end))
+    inner = _even(steps, first, last)[1:-1]
+    return [start, *(flow.sde.time_at(-math.log(math.tan(angle))) for angle in inner), end]
+
+
+def _check_grid(grid: Any, start: float, end: float) -> list[float]:
+    times = [float(t) for t in grid]
+    rises = [(b - a) * (end - start) > 0 for a, b in itertools.pairwise(times)]
+    if not rises or not all(rises) or times[0] != start or times[-1] != end:
+        raise ValueError(
+            f"grid: expected different times from t_span[0] = {start:g} to t_span[1] = {end:g}, in this order, "
+            f"got {times}."
+        )
+    return times
+
+
+def _even(steps: int | None, start: float, end: float) -> list[float]:
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps: expected a positive number of steps, got {steps!r}.")
+    h = (end - start) / steps
+    return [start + i * h for i in range(steps)] + [end]

@@ -1,0 +1,162 @@
+"""The bookkeeping that every kind of integration shares: evaluations, which samples still run, which failed and why."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .. import ops
+from .drift import Drift, Terms, Time
+from .results import RUNNING, Solution, SolverError, Status, describe
+
+State = tuple[Tensor, ...]
+
+
+class Raised(Exception):
+    """The right-hand side raised what is in ``__cause__``."""
+
+
+class Run:
+    """One call of :func:`solve`. A sample runs until it has reached the end or failed; a failed one keeps its slot,
+    which is computed and not looked at."""
+
+    def __init__(
+        self,
+        drift: Drift,
+        span: tuple[float, float],
+        ys: State,
+        packed: bool,
+        max_steps: int,
+        t_eval: Sequence[float] | None,
+        progress: bool,
+    ) -> None:
+        self.drift, self.packed, self.max_steps = drift, packed, max_steps
+        self.start, self.end = span
+        self.direction = math.copysign(1.0, self.end - self.start)
+        self.y0, self.ys = ys, ys
+        batch, device = len(ys[0]), ys[0].device
+        self.status = torch.full((batch,), RUNNING, dtype=torch.int8, device=device)
+        self.reached = torch.full((batch,), self.start, dtype=torch.float64, device=device)
+        self.evaluations, self.n_accepted, self.n_rejected = torch.zeros((3, batch), dtype=torch.int64, device=device)
+        self.nfe = 0
+        self.error: BaseException | None = None
+        self.times: list[Time] = [self.start]
+        self.step_sizes: list[Time] = []
+        self.error_norms: list[Time] = []
+        self.first_step = 0.0
+        self.t_eval = () if t_eval is None else tuple(t_eval)
+        self.dense = None if t_eval is None else tuple(y.new_full((len(t_eval), *y.shape), math.nan) for y in ys)
+        for i, t in enumerate(self.t_eval):
+            if t == self.start:
+                for kept, y in zip(self.dense or (), ys, strict=True):
+                    kept[i] = y
+        # disable=None: only on a terminal
+        self.bar = tqdm(
+            total=1.0, disable=None if progress else True, bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
+        )
+
+    # -- evaluations
+
+    def evaluate(self, t: Time, ys: State) -> tuple[Terms, ...]:
+        return self.call(self.drift.terms, t, ys)
+
+    def call(self, function: Callable[..., Any], *args: Any) -> Any:
+        """One evaluation."""
+        self.nfe += 1
+        try:
+            return function(*args)
+        except Exception as error:
+            if self.nfe == 1:  # nothing has been reached: the caller sees the error itself
+                raise
+            raise Raised from error
+
+    # -- which samples
+
+    @property
+    def running(self) -> Tensor:
+        return self.status == RUNNING
+
+    def end_as(self, which: Tensor, status: Status) -> None:
+        """Those of ``which`` that still run end so."""
+        self.status = torch.where(which & self.running, int(status), self.status).to(torch.int8)
+
+    def lost(self, ys: State) -> Tensor:
+        """``(B,)``: whether a sample has NaN or Inf, found in one reading pass."""
+        return ~sum(ops.rk_error(y, y, [y], (0.0,), 1.0, 1.0, 1.0) for y in ys).isfinite()  # type: ignore[union-attr]
+
+    # -- the end
+
+    def show(self, fraction: float) -> None:
+        self.bar.set_postfix(nfe=self.nfe, refresh=False)
+        self.bar.update(min(fraction, 1.0) - self.bar.n)
+
+    def finish(self, angle: Any) -> Solution:
+        failed, ys, dense = self.status > 0, self.ys, self.dense
+        for i, t in enumerate(self.t_eval):
+            unreached = failed & (self.direction * (t - self.reached) > 0)
+            for y in dense or ():
+                y[i].masked_fill_(column(unreached, y[i]), math.nan)
+        reached, times, span = self.reached, _log(self.times, self.reached), (self.start, self.end)
+        if angle is not None:  # back to t and x
+            ys = (angle.leave(ys[0], self.end),)
+            dense = dense and (torch.stack([angle.leave(y, at) for y, at in zip(dense[0], self.t_eval, strict=True)]),)
+            reached, times, span = angle.times(reached), angle.times(times), angle.span
+        message = describe(self.status.cpu(), reached.cpu(), span, self.nfe, self.max_steps, self.error)
+        if bool(failed.any()):
+            ys = tuple(y.masked_fill(column(failed, y), math.nan) for y in ys)
+        return Solution(
+            y=ys if self.packed else ys[0],
+            t=reached,
+            status=self.status,
+            message=message,
+            nfe=self.nfe,
+            evaluations=self.evaluations,
+            n_accepted=self.n_accepted,
+            n_rejected=self.n_rejected,
+            times=times,
+            step_sizes=_log(self.step_sizes, self.reached),
+            error_norms=_log(self.error_norms, self.reached),
+            first_step=self.first_step,
+            ys=None if dense is None else (dense if self.packed else dense[0]),
+        )
+
+    def solve(self, on_failure: str, angle: Any = None) -> Solution:
+        with torch.no_grad(), self.bar:
+            try:
+                self.integrate()
+            except Raised as raised:
+                self.error = raised.__cause__
+                self.end_as(self.running, Status.RAISED)
+        solution = self.finish(angle)
+        if on_failure == "raise" and not solution.success:
+            raise SolverError(solution.message, solution) from self.error
+        return solution
+
+    def integrate(self) -> None:
+        raise NotImplementedError
+
+
+def _log(values: list[Any], like: Tensor) -> Tensor:
+    if any(isinstance(v, Tensor) for v in values):
+        return torch.stack([v if isinstance(v, Tensor) else torch.full_like(like, v) for v in values]).cpu()
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def column(choice: Tensor, like: Tensor) -> Tensor:
+    """``(B,)`` as ``(B, 1, ..., 1)``, to choose samples of ``like`` by."""
+    return choice.reshape(-1, *[1] * (like.dim() - 1))
+
+
+def padded(function: Callable[..., tuple[Tensor, ...]], *values: Tensor) -> tuple[Tensor, ...]:
+    """The results of a function that treats the columns of its arguments ``(..., R)`` one by one, with the same bits
+    for a column at any place. Vectorised functions treat what is left over at the end of an array another way: the
+    arrays are made a multiple of every vector's length."""
+    n = values[0].shape[-1]
+    spare = -n % 64
+    filled = [torch.cat([v, v[..., -1:].expand(*v.shape[:-1], spare)], -1) if n and spare else v for v in values]
+    return tuple(result.expand(*result.shape[:-1], n + spare)[..., :n] for result in function(*filled))

@@ -1,0 +1,387 @@
+"""Runge-Kutta steps: of fixed size, with one step size for the batch, or with one for each sample.
+
+One kernel an evaluation forms the next stage and, where the right-hand side is a :class:`Drift`, folds ``f x + q out``
+into the same pass. The step control is that of scipy's ``solve_ivp``: RMS norm, its initial step, safety 0.9, factors
+0.2 to 10, no growth after a rejection.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..reference import rows
+from .drift import Time
+from .results import Status
+from .run import Run, State, column, padded
+from .tableaus import Tableau
+
+Slopes = list[list[Tensor]]  # of every part of the state, those so far
+
+
+class RungeKutta(Run):
+    """Stages and norms. ``t`` and ``h`` are floats, or float64 ``(B,)`` under per-sample control."""
+
+    rtol = atol = 0.0
+
+    def __init__(self, tableau: Tableau, *args: Any) -> None:
+        super().__init__(*args)
+        self.tableau = tableau
+
+    def slopes(self, t: Time, ys: State) -> State:
+        """The derivative itself, in memory of our own: ``f`` may return the same buffer every time."""
+        return tuple(
+            term.out.clone() if term.plain else ops.affine(y, term.out, term.f, term.q)
+            for y, term in zip(ys, self.evaluate(t, ys), strict=True)
+        )
+
+    def stages(self, t: Time, t_new: Time, first: State) -> tuple[State, Slopes]:
+        """One step from ``t`` to ``t_new``: the new state, and every part's slopes so far."""
+        tableau, ys = self.tableau, self.ys
+        h = t_new - t
+        ks = [[k] for k in first]
+        targets = [*tableau.a[1:], tableau.b]
+        points = tuple(ops.rk_stage(y, k, targets[0][:1], h) for y, k in zip(ys, ks, strict=True))
+        for a, c in zip(targets[1:], tableau.c[1:], strict=True):
+            terms = self.evaluate(t_new if c == 1.0 else t + c * h, points)
+            following = []
+            for y, k, x, term in zip(ys, ks, points, terms, strict=True):
+                if term.plain:
+                    k.append(term.out.clone())
+                    following.append(ops.rk_stage(y, k, a, h))
+                else:
+                    slope, y_next = ops.rk_drift_stage(y, k, a, h, x, term.out, term.f, term.q)
+                    k.append(slope)
+                    following.append(y_next)
+            points = tuple(following)
+        return points, ks
+
+    def attempt(self, t: Time, t_new: Time, slopes: State) -> tuple[State, Slopes]:
+        """A step of an adaptive method: the new state, and every part's slopes with the one there."""
+        new, ks = self.stages(t, t_new, slopes)
+        for k, slope in zip(ks, self.slopes(t_new, new), strict=True):
+            k.append(slope)
+        return new, ks
+
+    # -- norms
+
+    def squares(self, new: State, ks: Sequence[Sequence[Tensor]], e: Sequence[float], h: Time) -> Tensor:
+        """``(B,)``: each sample's sum of ``(h sum_j e_j k_j / (atol + rtol max(|y|, |y_new|)))^2``."""
+        sums = [ops.rk_error(y, y1, k, e, h, self.rtol, self.atol) for y, y1, k in zip(self.ys, new, ks, strict=True)]
+        return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
+
+    def interpolate(self, theta: Time, h: Time, new: State, ks: Slopes) -> State:
+        """The state at ``t + theta h``: the method's own continuous extension, or the cubic through both ends and
+        their slopes (Hairer, Norsett, Wanner, section II.6)."""
+        if self.tableau.dense:
+            weights = [h * _polynomial(row, theta) for row in self.tableau.dense]
+            return tuple(
+                y + sum(rows(w, y) * k_j for w, k_j in zip(weights, k, strict=True))
+                for y, k in zip(self.ys, ks, strict=True)
+            )
+        at_start, at_end = (1 + 2 * theta) * (1 - theta) ** 2, theta**2 * (3 - 2 * theta)
+        slope_start, slope_end = h * theta * (1 - theta) ** 2, h * theta**2 * (theta - 1)
+        return tuple(
+            rows(at_start, y) * y + rows(slope_start, y) * k[0] + rows(at_end, y) * y1 + rows(slope_end, y) * k[-1]
+            for y, y1, k in zip(self.ys, new, ks, strict=True)
+        )
+
+    def error_norm(self, sums: Sequence[Any], n: int) -> Any:
+        """From the sums of squares of the method's estimates over ``n`` elements."""
+        if len(sums) == 1:
+            return (sums[0] / max(n, 1)) ** 0.5
+        # Two estimates: err5^2 / sqrt((err5^2 + err3^2 / 100) n) (Hairer, Norsett, Wanner, eq. II.10.19)
+        err5, err3 = sums
+        return err5 / (((err5 + 0.01 * err3) * max(n, 1)) ** 0.5 + 1e-300)
+
+
+def _polynomial(coefficients: Sequence[float], theta: Time) -> Time:
+    """``sum_m c_m theta^(m + 1)``"""
+    value: Time = 0.0
+    for c in reversed(coefficients):
+        value = (value + c) * theta
+    return value
+
+
+def initial_guess(d0: float, d1: float, interval: float) -> float:
+    """The Euler step that scipy's rule looks ahead with (Hairer, Norsett, Wanner, section II.4)."""
+    return min(1e-6 if d0 < 1e-5 or d1 < 1e-5 else 0.01 * d0 / d1, interval)
+
+
+def initial_step(h0: float, d1: float, d2: float, order: int, interval: float) -> float:
+    """The first step size, from the slope's norm and that of its change over ``h0``."""
+    h1 = max(1e-6, h0 * 1e-3) if d1 <= 1e-15 and d2 <= 1e-15 else (0.01 / max(d1, d2)) ** (1 / (order + 1))
+    return min(100 * h0, h1, interval)
+
+
+class FixedSteps(RungeKutta):
+    """Steps to the times of ``grid``."""
+
+    def __init__(self, tableau: Tableau, grid: Sequence[float], *args: Any) -> None:
+        super().__init__(tableau, *args)
+        self.grid = grid
+
+    def integrate(self) -> None:
+        self.first_step = abs(self.grid[1] - self.grid[0])
+        for t, t_new in zip(self.grid, self.grid[1:], strict=False):
+            self.ys, _ = self.stages(t, t_new, self.slopes(t, self.ys))
+            self.times.append(t_new)
+            self.step_sizes.append(abs(t_new - t))
+            self.end_as(self.lost(self.ys), Status.NOT_FINITE)
+            running = self.running
+            self.reached = torch.where(running, t_new, self.reached)
+            self.n_accepted += running
+            self.evaluations += running * len(self.tableau.b)
+            self.show(abs(t_new - self.start) / abs(self.end - self.start))
+        self.end_as(self.running, Status.SUCCESS)
+
+
+class _Failed(Exception):
+    """Samples that cannot go on."""
+
+    def __init__(self, which: Tensor, status: Status) -> None:
+        self.which, self.status = which, status
+
+
+class Joint(RungeKutta):
+    """One step size for the batch, and scipy's decisions.
+
+    Where samples fail, the others are integrated again from the start, with the failed ones left out of every norm: as
+    if they had not been there.
+    """
+
+    def __init__(
+        self, tableau: Tableau, rtol: float, atol: float, first_step: float | None, pi: bool, *args: Any
+    ) -> None:
+        super().__init__(tableau, *args)
+        self.rtol, self.atol, self.given_step, self.pi = rtol, atol, first_step, pi
+        self.exponent = -1.0 / (tableau.error_order + 1)
+
+    def integrate(self) -> None:
+        while bool(self.running.any()):
+            self.whole = bool(self.running.all())
+            self.size = int(self.running.sum()) * sum(math.prod(y.shape[1:]) for y in self.ys)
+            before = self.nfe
+            self.t, self.ys, self.times, self.step_sizes, self.error_norms = self.start, self.y0, [self.start], [], []
+            status = Status.SUCCESS
+            try:
+                self.to_the_end()
+                which = self.running
+            except _Failed as failed:
+                which, status = failed.which & self.running, failed.status
+            finally:
+                running = self.running
+                self.reached = torch.where(running, self.t, self.reached)
+                for counts, value in (
+                    (self.evaluations, self.nfe - before),
+                    (self.n_accepted, len(self.times) - 1),
+                    (self.n_rejected, len(self.step_sizes) - len(self.times) + 1),
+                ):
+                    counts[running] = value
+            self.end_as(which, status)
+
+    def norm(self, sums: Tensor) -> float:
+        return float((sums if self.whole else sums[self.running]).sum())
+
+    def rms(self, ks: Sequence[Sequence[Tensor]], e: Sequence[float]) -> float:
+        return math.sqrt(self.norm(self.squares(self.ys, ks, e, 1.0)) / max(self.size, 1))
+
+    def choose_first_step(self, slopes: State) -> float:
+        """scipy's rule; one evaluation."""
+        interval = abs(self.end - self.start)
+        d0, d1 = self.rms([[y] for y in self.ys], (1.0,)), self.rms([[k] for k in slopes], (1.0,))
+        self.check(d0 + d1, slopes)
+        h0 = initial_guess(d0, d1, interval)
+        ahead = tuple(ops.rk_stage(y, [k], (1.0,), h0 * self.direction) for y, k in zip(self.ys, slopes, strict=True))
+        other = self.slopes(self.t + h0 * self.direction, ahead)
+        d2 = self.rms([[k, k1] for k, k1 in zip(slopes, other, strict=True)], (-1.0, 1.0)) / h0
+        self.check(d2, (*slopes, *other))
+        return initial_step(h0, d1, d2, self.tableau.error_order, interval)
+
+    def check(self, norm: float, arrays: Sequence[Tensor]) -> None:
+        if not math.isfinite(norm):
+            which = self.lost(tuple(arrays)) & self.running
+            raise _Failed(which if bool(which.any()) else self.running, Status.NOT_FINITE)
+
+    def to_the_end(self) -> None:
+        self.previous_norm = 1.0
+        slopes = self.slopes(self.t, self.ys)
+        h = self.choose_first_step(slopes) if self.given_step is None else float(self.given_step)
+        self.first_step = h
+        self.recorded = 0
+        while self.t != self.end:
+            slopes, h = self.step(slopes, h)
+
+    def step(self, slopes: State, h: float) -> tuple[State, float]:
+        """Attempts with smaller and smaller h until one is accepted: the slopes at the new point, and the next h."""
+        smallest = 10 * abs(math.nextafter(self.t, self.direction * math.inf) - self.t)
+        h, rejected = max(h, smallest), False
+        arrays: tuple[Tensor, ...] = ()
+        while True:
+            if h < smallest or len(self.step_sizes) >= self.max_steps:
+                if arrays and bool((lost := self.lost(arrays) & self.running).any()):
+                    raise _Failed(lost, Status.NOT_FINITE)
+                raise _Failed(self.running, Status.STEP_SIZE if h < smallest else Status.MAX_STEPS)
+            t_new = self.t + h * self.direction
+            if self.direction * (t_new - self.end) > 0:
+                t_new = self.end
+            h = abs(t_new - self.t)
+            new, ks = self.attempt(self.t, t_new, slopes)
+            sums = [self.norm(self.squares(new, ks, e, t_new - self.t)) for e in self.tableau.errors]
+            norm = self.error_norm(sums, self.size)
+            self.step_sizes.append(h)
+            self.error_norms.append(norm)
+            arrays = ()
+            if not math.isfinite(norm):
+                # Overflow: the step was too large, a smaller one may do. NaN alone comes from the network: none will.
+                arrays = (*new, *(slope for k in ks for slope in k))
+                only_nan = self.nan_alone(arrays)
+                if bool(only_nan.any()):
+                    raise _Failed(only_nan, Status.NOT_FINITE)
+            accepted, h = self.control(norm, h, rejected)
+            if accepted:
+                self.accept(t_new, new, ks)
+                return tuple(k[-1] for k in ks), h
+            rejected = True
+
+    def nan_alone(self, arrays: Sequence[Tensor]) -> Tensor:
+        """``(B,)``: running samples with NaN and without Inf."""
+        return nan_alone(arrays) & self.running
+
+    def control(self, norm: float, h: float, rejected: bool) -> tuple[bool, float]:
+        number = torch.tensor([norm, h], dtype=torch.float64)
+        exponent = 0.7 * self.exponent if self.pi else self.exponent
+        decision = ops.rk_control(number[:1], number[1:], torch.tensor([rejected]), exponent)
+        accepted, h_next = decision.flatten().tolist()
+        if accepted and self.pi:  # Hairer, Norsett, Wanner, section IV.2: the norm before counts, with the other sign
+            growth = min(h_next / h * self.previous_norm ** (-0.4 * self.exponent), 10.0)
+            h_next = h * (min(growth, 1.0) if rejected else growth)
+            self.previous_norm = max(norm, 1e-4)
+        return bool(accepted), h_next
+
+    def accept(self, t_new: float, new: State, ks: Slopes) -> None:
+        h = t_new - self.t
+        while self.recorded < len(self.t_eval) and self.direction * (self.t_eval[self.recorded] - t_new) <= 0:
+            t = self.t_eval[self.recorded]
+            state = new if t == t_new else self.interpolate((t - self.t) / h, h, new, ks)
+            for kept, y in zip(self.dense or (), state, strict=True):
+                kept[self.recorded] = y
+            self.recorded += 1
+        self.t, self.ys = t_new, new
+        self.times.append(t_new)
+        self.show(abs(t_new - self.start) / abs(self.end - self.start))
+
+
+def nan_alone(arrays: Sequence[Tensor]) -> Tensor:
+    """``(B,)``: samples with NaN and without Inf."""
+    flat = [v.reshape(len(v), math.prod(v.shape[1:])) for v in arrays]
+    nan = torch.stack([v.isnan().any(1) for v in flat]).any(0)
+    return nan & ~torch.stack([v.isinf().any(1) for v in flat]).any(0)
+
+
+class PerSample(RungeKutta):
+    """Every sample has its own time, step size, norm and decisions: what comes out for it does not depend on the rest
+    of the batch."""
+
+    def __init__(
+        self, tableau: Tableau, rtol: float, atol: float, first_step: float | None, pi: bool, *args: Any
+    ) -> None:
+        super().__init__(tableau, *args)
+        self.rtol, self.atol, self.given_step, self.pi = rtol, atol, first_step, pi
+        self.exponent = -1.0 / (tableau.error_order + 1)
+        self.size = sum(math.prod(y.shape[1:]) for y in self.ys)
+
+    def integrate(self) -> None:
+        t = self.reached
+        slopes = self.slopes(t, self.ys)
+        self.evaluations += 1
+        h = torch.full_like(t, self.given_step) if self.given_step is not None else self.choose_first_step(t, slopes)
+        self.first_step = float(h.min()) if len(h) else 0.0
+        rejected = torch.zeros_like(t, dtype=torch.bool)
+        previous_norm = torch.ones_like(t)
+        overflow = torch.zeros_like(rejected)
+        while bool(self.running.any()):
+            smallest = 10 * (torch.nextafter(t, torch.full_like(t, self.direction * math.inf)) - t).abs()
+            h = torch.where(rejected, h, torch.maximum(h, smallest))
+            self.end_as(overflow & (h < smallest), Status.NOT_FINITE)
+            self.end_as(h < smallest, Status.STEP_SIZE)
+            self.end_as(self.n_accepted + self.n_rejected >= self.max_steps, Status.MAX_STEPS)
+            running = self.running
+            if not bool(running.any()):
+                break
+            t_new = t + self.direction * h
+            t_new = torch.where(self.direction * (t_new - self.end) > 0, self.end, t_new)
+            t_new = torch.where(running, t_new, t)  # a sample that is done stays where it is
+            h = torch.where(running, (t_new - t).abs(), h)
+            new, ks = self.attempt(t, t_new, slopes)
+            norm = self.error_norm([self.squares(new, ks, e, t_new - t) for e in self.tableau.errors], self.size)
+            exponent = 0.7 * self.exponent if self.pi else self.exponent
+            decision = ops.rk_control(norm, h, rejected, exponent)
+            accepted = (decision[0] > 0) & running
+            overflow = ~norm.isfinite() & running
+            if bool(overflow.any()):
+                self.end_as(overflow & nan_alone([*new, *(k for part in ks for k in part)]), Status.NOT_FINITE)
+            self.evaluations += running * len(self.tableau.b)
+            self.n_accepted += accepted
+            self.n_rejected += running & ~accepted
+            self.step_sizes.append(torch.where(running, h, math.nan))
+            self.error_norms.append(torch.where(running, norm, math.nan))
+            if self.dense is not None:
+                self.record(t, t_new, accepted, new, ks)
+            h_next = decision[1]
+            if self.pi:
+                (damping,) = padded(lambda norm: (norm ** (-0.4 * self.exponent),), previous_norm)
+                growth = (h_next / h * damping).clamp(max=10.0)
+                h_next = torch.where(accepted, h * torch.where(rejected, growth.clamp(max=1.0), growth), h_next)
+                previous_norm = torch.where(accepted, norm.clamp(min=1e-4), previous_norm)
+            self.ys = tuple(torch.where(column(accepted, y), y1, y) for y, y1 in zip(self.ys, new, strict=True))
+            slopes = tuple(torch.where(column(accepted, k0), k[-1], k0) for k0, k in zip(slopes, ks, strict=True))
+            t = torch.where(accepted, t_new, t)
+            h, rejected = torch.where(running, h_next, h), running & ~accepted
+            self.reached = t
+            self.times.append(t)
+            self.end_as(t == self.end, Status.SUCCESS)
+            self.show(1.0 - float(self.running.double().mean()))
+
+    def choose_first_step(self, t: Tensor, slopes: State) -> Tensor:
+        """scipy's rule for every sample; one evaluation. Python's floats: the few numbers are taken one by one, so that
+        they do not depend on their neighbours in a vector register."""
+        interval, one = abs(self.end - self.start), (1.0,)
+
+        def rms(sums: Tensor) -> Tensor:
+            return (sums / max(self.size, 1)) ** 0.5
+
+        d0 = rms(self.squares(self.ys, [[y] for y in self.ys], one, 1.0)).tolist()
+        d1 = rms(self.squares(self.ys, [[k] for k in slopes], one, 1.0)).tolist()
+        finite = [math.isfinite(a + b) for a, b in zip(d0, d1, strict=True)]
+        guesses = [initial_guess(a, b, interval) if ok else interval for a, b, ok in zip(d0, d1, finite, strict=True)]
+        h0 = t.new_tensor(guesses) * self.direction
+        ahead = tuple(ops.rk_stage(y, [k], one, h0) for y, k in zip(self.ys, slopes, strict=True))
+        other = self.slopes(t + h0, ahead)
+        self.evaluations += 1
+        change = [[k, k1] for k, k1 in zip(slopes, other, strict=True)]
+        d2 = (rms(self.squares(self.ys, change, (-1.0, 1.0), 1.0)) / h0.abs()).tolist()
+        finite = [ok and math.isfinite(d) for ok, d in zip(finite, d2, strict=True)]
+        self.end_as(~torch.tensor(finite, dtype=torch.bool, device=t.device), Status.NOT_FINITE)
+        order = self.tableau.error_order
+        steps = [
+            initial_step(g, a, b, order, interval) if ok else interval
+            for g, a, b, ok in zip(guesses, d1, d2, finite, strict=True)
+        ]
+        return t.new_tensor(steps)
+
+    def record(self, t: Tensor, t_new: Tensor, accepted: Tensor, new: State, ks: Slopes) -> None:
+        """The states at those times of ``t_eval`` that lie in the steps just accepted."""
+        h = t_new - t
+        for i, at in enumerate(self.t_eval):
+            inside = accepted & (self.direction * (at - t) > 0) & (self.direction * (at - t_new) <= 0)
+            if bool(inside.any()):
+                between = self.interpolate(torch.where(inside, (at - t) / h, 0.0), h, new, ks)
+                for kept, y1, y in zip(self.dense or (), new, between, strict=True):
+                    value = torch.where(column(t_new == at, y), y1, y)
+                    kept[i] = torch.where(column(inside, y), value, kept[i])
