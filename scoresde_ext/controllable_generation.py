@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,11 +10,10 @@ from torch import Tensor
 
 from . import noise, sampling
 from .checks import check_corrector, check_eps, check_state
+from .ode import InverseScaler
 from .reference import rows
-from .sampling import InverseScaler, PCLoop
+from .sampling import PCLoop
 from .sde_lib import SDE
-
-Step = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class _Known:
@@ -38,9 +37,9 @@ class _Known:
         """The known part of ``known``, which is decoupled already, and the rest of ``x``."""
         return self.couple(self.decouple(x) * (1.0 - self.mask) + known * self.mask)
 
-    def after(self, step: Step, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """A step, then the known part at time t. As upstream, the mean's unknown part is the noisy one."""
-        x, _ = step(x, t)
+    def put(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The state with the known part at time t, noisy and as its mean. As upstream, the unknown part is the noisy
+        one in both."""
         known = self.decouple(self.data)
         mean, std = self.sde.marginal_prob(known, t)
         noisy = mean + noise.normal_tensor(x) * rows(std, x)
@@ -76,16 +75,22 @@ def get_pc_inpainter(
     continuous: bool = False,
     denoise: bool = True,
     eps: float = 1e-5,
+    *,
+    seeds: noise.Seeds = None,
+    grid: Sequence[float] | Tensor | None = None,
+    progress: bool = False,
 ) -> Callable[[Any, Tensor, Tensor], Tensor]:
     """``inpainter(model, data, mask)`` -> images ``(B, *)``: fills in where ``mask`` is 0 and keeps ``data`` where it
     is 1.
 
     Arguments and errors as in :func:`scoresde_ext.sampling.get_pc_sampler` (eps is smaller by default); ``mask`` has
-    the shape of ``data`` or broadcasts to it.
+    the shape of ``data`` or broadcasts to it. With a ``grid``, the known part is at the time to which the predictor
+    stepped, and at eps in the end.
     """
     run = _get_pc_filler(
-        sde, predictor, corrector, inverse_scaler, snr, n_steps, probability_flow, continuous, denoise, eps
-    )
+        sde, predictor, corrector, inverse_scaler, snr, n_steps, probability_flow, continuous, denoise, eps,
+        seeds, grid, progress,
+    )  # fmt: skip
 
     def pc_inpainter(model: Any, data: Tensor, mask: Tensor) -> Tensor:
         check_state("data", data)
@@ -111,14 +116,19 @@ def get_pc_colorizer(
     continuous: bool = False,
     denoise: bool = True,
     eps: float = 1e-5,
+    *,
+    seeds: noise.Seeds = None,
+    grid: Sequence[float] | Tensor | None = None,
+    progress: bool = False,
 ) -> Callable[[Any, Tensor], Tensor]:
     """``colorizer(model, gray)`` -> images ``(B, 3, H, W)`` for gray images stored in three equal channels.
 
-    Arguments and errors as in :func:`scoresde_ext.sampling.get_pc_sampler` (eps is smaller by default).
+    Arguments and errors as in :func:`get_pc_inpainter`.
     """
     run = _get_pc_filler(
-        sde, predictor, corrector, inverse_scaler, snr, n_steps, probability_flow, continuous, denoise, eps
-    )
+        sde, predictor, corrector, inverse_scaler, snr, n_steps, probability_flow, continuous, denoise, eps,
+        seeds, grid, progress,
+    )  # fmt: skip
 
     def pc_colorizer(model: Any, gray: Tensor) -> Tensor:
         check_state("gray", gray)
@@ -150,21 +160,24 @@ def _get_pc_filler(
     continuous: bool,
     denoise: bool,
     eps: float,
+    seeds: noise.Seeds,
+    grid: Sequence[float] | Tensor | None,
+    progress: bool,
 ) -> Callable[[Any, _Known], Tensor]:
     check_eps(eps, sde.T)
     check_corrector(snr, n_steps)
+    times = sampling.check_grid(grid, sde, predictor, eps, continuous)
 
     def run(model: Any, known: _Known) -> Tensor:
         data = known.data
-        with torch.no_grad():
+        with torch.no_grad(), noise.seeded(seeds, len(data)):
             loop = PCLoop(sde, model, predictor, corrector, snr, n_steps, probability_flow, continuous)
             prior = noise.prior(sde, data.shape, data.device).to(data.dtype)
             x = x_mean = known.start(prior)
             with noise.run(data.device):
-                for t in sampling.times_of(sde, eps, data.device):
-                    vec_t = t.expand(len(x))
-                    x, x_mean = known.after(loop.correct, x, vec_t)
-                    x, x_mean = known.after(loop.predict, x, vec_t)
+                for visit in loop.visits(x, eps, times, progress):
+                    x, x_mean = known.put(loop.correct(x, visit.t)[0], visit.t)
+                    x, x_mean = known.put(visit.predict(x)[0], visit.after)
             result = sampling.check_finite(x_mean if denoise else x, "Controllable generation")
             return inverse_scaler(result)
 

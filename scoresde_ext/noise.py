@@ -26,7 +26,23 @@ from torch.overrides import TorchFunctionMode
 from . import ops
 from .reference import Draw
 
-__all__ = ["integers", "normal", "normal_tensor", "prior", "replay", "run", "seeds", "torch_draws", "uniform"]
+__all__ = [
+    "Seeds",
+    "integers",
+    "normal",
+    "normal_tensor",
+    "prior",
+    "replay",
+    "run",
+    "seeded",
+    "seeds",
+    "streams",
+    "torch_draws",
+    "uniform",
+]
+
+Seeds = int | tuple[int, Tensor | Sequence[int]] | None
+"""What the samplers take as ``seeds``: see :func:`seeded`."""
 
 
 class Source(Protocol):
@@ -177,14 +193,42 @@ def seeds(seed: int, ids: Tensor | Sequence[int]) -> Iterator[None]:
     Raises:
         ValueError: ids that are not integers ``(B,)``, a seed beyond 64 bits; a draw for a batch of another size.
     """
-    ids = torch.as_tensor(ids)
+    with _as_source(_streams(seed, ids)):
+        yield
+
+
+def _streams(seed: Any, ids: Any) -> _Streams:
+    try:
+        # As a tensor, an empty list would be one of floats.
+        ids = torch.zeros(0, dtype=torch.int64) if isinstance(ids, Sequence) and len(ids) == 0 else torch.as_tensor(ids)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"ids: expected integers of shape (B,), got {ids!r:.100}.") from None
     if ids.dim() != 1 or ids.dtype.is_floating_point or ids.dtype in (torch.bool, torch.complex64, torch.complex128):
         raise ValueError(f"ids: expected integers of shape (B,), got {ids.dtype} of shape {tuple(ids.shape)}.")
     if not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed: expected an integer of 64 bits, got {seed!r}.")
     signed = seed - 2**64 if seed >= 2**63 else seed
-    with _as_source(_Streams(torch.tensor([signed, 0]), ids.to(torch.int64))):
-        yield
+    return _Streams(torch.tensor([signed, 0]), ids.to(torch.int64))
+
+
+def seeded(seeds: Seeds, batch: int) -> AbstractContextManager[None]:
+    """The context in which a sampler's argument ``seeds`` puts its ``batch`` samples: for a seed, its streams 0, 1, ...
+    , batch - 1; for ``(seed, ids)``, :func:`seeds` with these ids; for None, the source that is in force.
+
+    Raises:
+        ValueError: anything else, or another number of ids than samples; at once, not when the context is entered.
+    """
+    if seeds is None:
+        return nullcontext()
+    if isinstance(seeds, int) and not isinstance(seeds, bool):
+        return _as_source(_streams(seeds, range(batch)))
+    if not isinstance(seeds, tuple) or len(seeds) != 2 or isinstance(seeds[0], bool):
+        raise ValueError(f"seeds: expected None, a seed or (seed, ids), got {seeds!r:.100}.")
+    source = _streams(*seeds)
+    assert source.ids is not None
+    if len(source.ids) != batch:
+        raise ValueError(f"seeds: expected one stream id a sample, {batch}, got {len(source.ids)}.")
+    return _as_source(source)
 
 
 def run(device: torch.device | str) -> AbstractContextManager[None]:
@@ -204,6 +248,16 @@ def normal(like: Tensor) -> Draw:
 def normal_tensor(like: Tensor) -> Tensor:
     """The next draw of standard normal noise, as an array like ``like``."""
     return ops.materialize(normal(like), like)
+
+
+def streams(like: Tensor) -> tuple[Tensor, Tensor]:
+    """``key, ids`` of the next draw, int64 ``(2,)`` and ``(B,)``, for code that makes more of its streams than one
+    array. ValueError under ``replay``, which has none; call it within :func:`run` or :func:`seeds`."""
+    source = _in_force.source
+    if not isinstance(source, _Streams):
+        raise ValueError("noise.replay: expected noise.seeds, for how much is drawn here depends on the samples.")
+    key, ids = source._next(like)
+    return key, torch.arange(len(like), device=like.device) if ids is None else ids
 
 
 def uniform(like: Tensor) -> Tensor:

@@ -1,0 +1,287 @@
+"""Sampling along the probability-flow ODE (Song et al. 2021, section 4.3, eq. 13)."""
+
+from __future__ import annotations
+
+import functools
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import integrate, noise, ops
+from .checks import bad_rows, check_eps, check_latent, check_shape, check_tolerances, name_rows
+from .flow import ProbabilityFlow
+from .integrate import Solution, SolverError, Status, time_vector
+from .integrate.results import describe
+from .models import utils as mutils
+from .predictors import ReverseDiffusionPredictor
+from .sde_lib import SDE
+
+InverseScaler = Callable[[Tensor], Tensor]
+
+
+def get_ode_sampler(
+    sde: SDE,
+    shape: Sequence[int],
+    inverse_scaler: InverseScaler,
+    denoise: bool = False,
+    rtol: float = 1e-5,
+    atol: float = 1e-5,
+    method: Any = "RK45",
+    eps: float = 1e-3,
+    device: torch.device | str = "cuda",
+    *,
+    control: str = "joint",
+    coordinate: str = "t",
+    order: int = 3,
+    steps: int | None = None,
+    grid: Sequence[float] | integrate.CalibratedGrid | None = None,
+    seeds: noise.Seeds = None,
+    max_steps: int = 10_000,
+    on_failure: str = "raise",
+    progress: bool = False,
+) -> OdeSampler:
+    """``sampler(model, z=None)`` -> ``(samples, nfe)``: the probability-flow ODE from T to eps (Song et al. 2021,
+    section 4.3, eq. 13). ``sampler.solve(model, z=None)`` -> the :class:`integrate.Solution`, ``y`` being the samples.
+
+    Args:
+        sde: the forward SDE.
+        shape: ``(B, *)``.
+        inverse_scaler: maps the network's data range to the samples' range.
+        denoise: end with one noise-free step of the reverse-diffusion predictor at eps (not counted).
+        rtol, atol: tolerances, with scipy's meaning. For a network that computes in bfloat16, float16 or TF32 they are
+            held at 1e-3, 1e-4 and 1e-4, with a warning: below, the error estimates see the network's rounding.
+        method: one of :func:`integrate.solve`, or a :class:`integrate.Tableau`, run on the device; another name or
+            ``OdeSolver`` class of scipy's runs there, slowly.
+        eps: last time.
+        device: where to sample.
+        control, coordinate, order, steps, grid, max_steps, on_failure: as in :func:`integrate.solve`.
+        seeds: None: torch's generator; an integer: sample b of the prior is stream b of this seed; ``(seed, ids)``:
+            stream ``ids[b]``.
+        progress: a progress bar on a terminal.
+
+    ``z`` is the state at T, ``(B, *)``, float32 or float64 and kept so; None draws it from the prior.
+
+    Raises:
+        ValueError: an argument is wrong; before any evaluation.
+        SolverError: samples could not be finished; ``.solution`` has the others, NaN where one failed.
+    """
+    shape = check_shape(shape)
+    check_eps(eps, sde.T)
+    check_tolerances(rtol, atol)
+    noise.seeded(seeds, shape[0])  # wrong seeds are refused now
+    options = {
+        "rtol": rtol,
+        "atol": atol,
+        "control": control,
+        "coordinate": coordinate,
+        "order": order,
+        "steps": steps,
+        "grid": grid,
+        "max_steps": max_steps,
+        "on_failure": on_failure,
+        "progress": progress,
+    }
+    return OdeSampler(sde, shape, inverse_scaler, denoise, method, eps, device, seeds, options)
+
+
+class OdeSampler:
+    """What :func:`get_ode_sampler` returns."""
+
+    def __init__(
+        self,
+        sde: SDE,
+        shape: tuple[int, ...],
+        inverse_scaler: InverseScaler,
+        denoise: bool,
+        method: Any,
+        eps: float,
+        device: torch.device | str,
+        seeds: noise.Seeds,
+        options: dict[str, Any],
+    ) -> None:
+        self.sde, self.shape, self.inverse_scaler, self.denoise = sde, shape, inverse_scaler, denoise
+        self.method, self.eps, self.device, self.seeds, self.options = method, eps, device, seeds, options
+
+    def __call__(self, model: Any, z: Tensor | None = None) -> tuple[Tensor, int]:
+        solution = self._run(model, z)
+        return solution.y, solution.nfe
+
+    def solve(self, model: Any, z: Tensor | None = None) -> Solution:
+        """The samples with what they took."""
+        return self._run(model, z)
+
+    def _run(self, model: Any, z: Tensor | None) -> Solution:
+        score_fn = mutils.get_score_fn(self.sde, model, train=False, continuous=True)
+        if z is None:
+            with noise.seeded(self.seeds, self.shape[0]):
+                z = noise.prior(self.sde, self.shape, self.device)
+        else:
+            check_latent(z, self.shape, self.device)
+        flow, span = ProbabilityFlow(self.sde, score_fn), (self.sde.T, self.eps)
+        cause: BaseException | None = None
+        try:
+            solution = solve_ode(flow, span, (z,), self.method, **self.options)
+        except SolverError as error:
+            if error.solution is None:  # scipy's
+                raise
+            solution, cause = error.solution, error.__cause__
+        if self.denoise and bool((solution.status == Status.SUCCESS).any()):
+            solution, cause = self._denoised(solution, score_fn, cause)
+        with torch.no_grad():
+            solution = replace(solution, y=self.inverse_scaler(solution.y[0]))
+        if self.options["on_failure"] == "raise" and not solution.success:
+            raise SolverError(solution.message, solution) from cause
+        return solution
+
+    def _denoised(
+        self, solution: Solution, score_fn: mutils.ScoreFunction, cause: BaseException | None
+    ) -> tuple[Solution, BaseException | None]:
+        """The last step without noise, of the samples that reached it; and what the network raised, if it did."""
+        (x,) = solution.y
+        finished = solution.status == Status.SUCCESS
+        chosen = finished.reshape(-1, *[1] * (x.dim() - 1))
+        predictor = ReverseDiffusionPredictor(self.sde, score_fn, probability_flow=False)
+        status = solution.status
+        try:
+            with torch.no_grad():
+                # No network is shown a NaN.
+                mean = predictor.update_fn(torch.where(chosen, x, 0.0), time_vector(self.eps, x))[1]
+        except Exception as raised:
+            mean, cause = torch.full_like(x, math.nan), raised
+            status = torch.where(finished, int(Status.RAISED), status).to(status.dtype)
+        else:
+            lost = ~mean.reshape(len(x), math.prod(x.shape[1:])).isfinite().all(1)
+            status = torch.where(finished & lost, int(Status.NOT_FINITE), status).to(status.dtype)
+        y = torch.where((status == 0).reshape(chosen.shape), mean, math.nan)
+        message = describe(
+            status.cpu(), solution.t.cpu(), (self.sde.T, self.eps), solution.nfe, self.options["max_steps"], cause
+        )
+        return replace(solution, y=(y,), status=status, message=message), cause
+
+
+_FLOORS = {torch.bfloat16: (1e-3, "bfloat16"), torch.float16: (1e-4, "float16")}
+
+
+def _precision_floor(flow: ProbabilityFlow, x: Tensor) -> tuple[float, str]:
+    """The smallest tolerance that the network's rounding allows, and what it computes in."""
+    network: Any = flow.score_fn.network
+    dtype = getattr(network, "dtype", None)
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+    if dtype in _FLOORS:
+        return _FLOORS[dtype]
+    if x.is_cuda and x.dtype == torch.float32 and dtype in (None, torch.float32) and _uses_tf32(network):
+        return 1e-4, "TF32"
+    return 0.0, ""
+
+
+def _uses_tf32(network: Any) -> bool:
+    """Whether float32 products on a GPU are rounded to TF32: matrix products on request, convolutions by default."""
+    if torch.get_float32_matmul_precision() != "highest":
+        return True
+    model = getattr(network, "model", None)
+    modules = model.modules() if isinstance(model, torch.nn.Module) else ()
+    return torch.backends.cudnn.allow_tf32 and any(isinstance(m, torch.nn.modules.conv._ConvNd) for m in modules)
+
+
+def solve_ode(
+    flow: ProbabilityFlow,
+    t_span: tuple[float, float],
+    ys: tuple[Tensor, ...],
+    method: Any,
+    *,
+    rtol: float,
+    atol: float,
+    on_failure: str = "raise",
+    progress: bool = False,
+    **options: Any,
+) -> Solution:
+    """Our integrator for the methods it has, scipy for the others."""
+    floor, kind = _precision_floor(flow, ys[0])
+    fixed = options.get("steps") is not None or options.get("grid") is not None
+    if max(rtol, atol) < floor and not fixed:
+        warnings.warn(
+            f"rtol, atol: held at {floor:g} (got {rtol:g} and {atol:g}), for the network computes in {kind}: smaller "
+            "errors are below its rounding, and would cost hundreds of evaluations. Run it in float32 for more.",
+            stacklevel=4,
+        )
+        rtol = atol = floor
+    if isinstance(method, integrate.Tableau) or method in integrate.METHODS or method in integrate.MULTISTEP:
+        return integrate.solve(
+            flow, t_span, ys, method, rtol=rtol, atol=atol, on_failure=on_failure, progress=progress, **options
+        )
+    options["on_failure"] = on_failure
+    asked = sorted(name for name, value in options.items() if value != _DEFAULTS.get(name))
+    if asked:
+        raise ValueError(f"{asked[0]}: method {method!r} is scipy's and does not know it.")
+    return _solve_with_scipy(flow, t_span, ys, method, rtol, atol)
+
+
+_DEFAULTS = {"control": "joint", "coordinate": "t", "order": 3, "max_steps": 10_000, "on_failure": "raise"}
+
+
+@functools.cache
+def _warn_slow(method: str) -> None:
+    warnings.warn(
+        f"method {method} is scipy's alone: every evaluation copies the state to numpy and back. "
+        "RK23, RK45 and DOP853 stay on the device.",
+        stacklevel=5,
+    )
+
+
+def _solve_with_scipy(
+    drift: Any, t_span: tuple[float, float], ys: tuple[Tensor, ...], method: Any, rtol: float, atol: float
+) -> Solution:
+    from scipy import integrate as scipy_integrate
+
+    if not isinstance(method, type) and method not in ("Radau", "BDF", "LSODA"):
+        raise ValueError(
+            f"method: expected one of {', '.join((*integrate.METHODS, *integrate.MULTISTEP))}, or of scipy's Radau, "
+            f"BDF, LSODA or an OdeSolver class, got {method!r}."
+        )
+    _warn_slow(str(method))
+    sizes = [y.numel() for y in ys]
+
+    def unpack(flat: Any) -> tuple[Tensor, ...]:
+        parts = torch.from_numpy(flat).split(sizes)
+        return tuple(part.reshape(y.shape).to(y.device, y.dtype) for part, y in zip(parts, ys, strict=True))
+
+    def pack(parts: Sequence[Tensor]) -> Any:
+        return torch.cat([part.detach().reshape(-1).double().cpu() for part in parts]).numpy()
+
+    def derivative(t: float, flat: Any) -> Any:
+        state = unpack(flat)
+        slopes = [ops.affine(y, term.out, term.f, term.q) for y, term in zip(state, drift.terms(t, state), strict=True)]
+        packed = pack(slopes)
+        if not math.isfinite(packed.sum()):
+            rows = name_rows(bad_rows(*slopes))
+            raise SolverError(f"The integration stopped: NaN or Inf in {rows} at t = {t:.6g}.")
+        return packed
+
+    solution = scipy_integrate.solve_ivp(derivative, t_span, pack(ys), method=method, rtol=rtol, atol=atol)
+    if not solution.success:
+        raise SolverError(
+            f"The integration by scipy's {method} stopped at t = {solution.t[-1]:.6g}: {solution.message}"
+        )
+    batch = len(ys[0])
+    times = torch.from_numpy(solution.t)
+    count = torch.full((batch,), len(times) - 1)
+    return Solution(
+        y=unpack(solution.y[:, -1].copy()),
+        t=torch.full((batch,), float(times[-1]), dtype=torch.float64),
+        status=torch.zeros(batch, dtype=torch.int8),
+        message=solution.message,
+        nfe=solution.nfev,
+        evaluations=torch.full((batch,), solution.nfev),
+        n_accepted=count,
+        n_rejected=torch.zeros_like(count),  # scipy does not say
+        times=times,
+        step_sizes=times.diff().abs(),
+        error_norms=torch.empty(0, dtype=torch.float64),
+        first_step=abs(float(times[1] - times[0])),
+    )

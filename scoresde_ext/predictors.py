@@ -1,0 +1,277 @@
+"""Predictors and correctors: one step of the reverse-time SDE, one step of Langevin dynamics (Song et al. 2021,
+appendix G).
+
+Every update is ``mean = p x + q out; x = mean + n z`` with one coefficient a sample, which is one kernel. Classes
+written for upstream work too: they are made once a run, and whatever they return is taken.
+
+``update_fn`` takes the steps of upstream, T/N or one index of the discrete process. ``step_to`` goes from any time to
+any earlier one, as a sampler with a ``grid`` asks for; a predictor of your own takes a grid if it has that method.
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import noise, ops, sde_lib
+from .checks import check_inputs
+from .integrate import time_vector
+from .models import utils as mutils
+from .sde_lib import SDE, ReverseSDE, is_affine, score_terms
+
+ScoreFn = Callable[[Tensor, Tensor], Tensor]
+
+_PREDICTORS: dict[str, type] = {}
+_CORRECTORS: dict[str, type] = {}
+
+
+def register_predictor(cls: type | None = None, *, name: str | None = None) -> Any:
+    """Class decorator: registers a predictor under ``name`` or its class name; ValueError where the name is taken."""
+    return mutils.register_in(_PREDICTORS, "predictor", cls, name)
+
+
+def register_corrector(cls: type | None = None, *, name: str | None = None) -> Any:
+    """Class decorator: registers a corrector under ``name`` or its class name; ValueError where the name is taken."""
+    return mutils.register_in(_CORRECTORS, "corrector", cls, name)
+
+
+def get_predictor(name: str) -> type:
+    """The predictor registered under ``name``; KeyError if there is none."""
+    return _PREDICTORS[name]
+
+
+def get_corrector(name: str) -> type:
+    """The corrector registered under ``name``; KeyError if there is none."""
+    return _CORRECTORS[name]
+
+
+# ---- predictors ----
+
+
+class Predictor(abc.ABC):
+    """One step of the reverse-time SDE.
+
+    Args:
+        sde: the forward SDE.
+        score_fn: ``score_fn(x, t)``.
+        probability_flow: step along the probability-flow ODE instead, without noise.
+    """
+
+    def __init__(self, sde: SDE, score_fn: ScoreFn, probability_flow: bool = False) -> None:
+        self.sde = sde
+        self.rsde = sde.reverse(score_fn, probability_flow)
+        self.score_fn = score_fn
+
+    @abc.abstractmethod
+    def update_fn(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """``(x, x_mean)`` one step earlier: states ``(B, *)`` with and without the noise of this step; ``t`` is
+        ``(B,)``."""
+
+    # A class may also have
+    #     def step_to(self, x: Tensor, t: float, earlier: float) -> tuple[Tensor, Tensor]
+    # the same for the step from time t to an earlier one, for all samples; 0 stands for the data.
+
+
+def takes_grid(predictor: type) -> bool:
+    """Whether a predictor has a ``step_to`` that goes with its ``update_fn``: not one inherited from a class whose
+    ``update_fn`` it replaced."""
+
+    classes = getattr(predictor, "__mro__", ())
+    owners = [cls for cls in classes if "step_to" in vars(cls)]
+    return bool(owners) and not any("update_fn" in vars(cls) for cls in classes[: classes.index(owners[0])])
+
+
+def _update(x: Tensor, out: Tensor | None, p: Any, q: Any, n: Any) -> tuple[Tensor, Tensor]:
+    """``x_mean = p x + q out``, ``x = x_mean + n z`` with the next draw of noise: ``(x, x_mean)``."""
+    mean, after = ops.affine_noise(x, out, p, q, n, noise.normal(x))
+    return after, mean
+
+
+@register_predictor(name="euler_maruyama")
+class EulerMaruyamaPredictor(Predictor):
+    """Euler-Maruyama with step T/N (Song et al. 2021, eq. 6 and section 4.1; with probability_flow eq. 13)."""
+
+    def update_fn(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        return self._step(x, t, -self.rsde.T / self.rsde.N)
+
+    def step_to(self, x: Tensor, t: float, earlier: float) -> tuple[Tensor, Tensor]:
+        """The step from ``t`` to ``earlier``."""
+        return self._step(x, time_vector(t, x), earlier - t)
+
+    def _step(self, x: Tensor, t: Tensor, dt: float) -> tuple[Tensor, Tensor]:
+        check_inputs(x, t, self.sde.T)
+        if type(self.rsde) is ReverseSDE and is_affine(self.sde):
+            f, out, q, g = self.rsde.sde_terms(x, t)
+            return _update(x, out, 1.0 + f * dt, q * dt, g * math.sqrt(-dt))
+        drift, diffusion = self.rsde.sde(x, t)
+        return _update(x, drift, 1.0, dt, diffusion * math.sqrt(-dt))
+
+
+@register_predictor(name="reverse_diffusion")
+class ReverseDiffusionPredictor(Predictor):
+    """The reverse of the forward SDE's own discretisation (Song et al. 2021, eq. 46; with probability_flow
+    appendix D.3)."""
+
+    def update_fn(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        check_inputs(x, t, self.sde.T)
+        if type(self.rsde) is ReverseSDE and is_affine(self.sde):
+            f, out, q, n = self.rsde.discrete_terms(x, t)
+            return _update(x, out, 1.0 - f, -q, n)
+        step, n = self.rsde.discretize(x, t)
+        return _update(x, step, 1.0, -1.0, n)
+
+    def step_to(self, x: Tensor, t: float, earlier: float) -> tuple[Tensor, Tensor]:
+        """The same for one step of the forward process from ``earlier`` to ``t``, ``a x + b z``: exact, not that of
+        ``discretize``."""
+        a, b, out, k = _transition(self, x, t, earlier)
+        return _update(x, out, 2.0 - a, -self.rsde.score_factor(b) * k, 0.0 if self.rsde.probability_flow else b)
+
+
+@register_predictor(name="ancestral_sampling")
+class AncestralSamplingPredictor(Predictor):
+    """Ancestral sampling of DDPM (VP) and its counterpart for SMLD (VE) (Song et al. 2021, eq. 4 and
+    eq. 47).
+
+    Raises:
+        NotImplementedError: another SDE.
+        AssertionError: probability_flow, which it does not have.
+    """
+
+    def __init__(self, sde: SDE, score_fn: ScoreFn, probability_flow: bool = False) -> None:
+        super().__init__(sde, score_fn, probability_flow)
+        if not isinstance(sde, (sde_lib.VPSDE, sde_lib.VESDE)):
+            raise NotImplementedError(
+                f"sde: ancestral sampling is known for VPSDE and VESDE, got {type(sde).__name__}."
+            )
+        if probability_flow:
+            raise AssertionError("probability_flow: ancestral sampling has no probability flow. Use reverse_diffusion.")
+
+    def update_fn(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        check_inputs(x, t, self.sde.T)
+        out, k = score_terms(self.score_fn, x, t)
+        if isinstance(self.sde, sde_lib.VESDE):
+            sigma, below = self.sde.adjacent_sigmas(t)
+            gain = sigma**2 - below**2
+            return _update(x, out, 1.0, gain * k, torch.sqrt(below**2 * gain / sigma**2))
+        assert isinstance(self.sde, sde_lib.VPSDE)
+        beta = self.sde.discrete_beta(t)
+        p = 1.0 / torch.sqrt(1.0 - beta)
+        return _update(x, out, p, beta * p * k, torch.sqrt(beta))
+
+    def step_to(self, x: Tensor, t: float, earlier: float) -> tuple[Tensor, Tensor]:
+        """The same for one step of the forward process from ``earlier`` to ``t``: ``alpha_i = (m_t / m_earlier)^2``,
+        or ``sigma_i = s_t`` and ``sigma_{i-1} = s_earlier``."""
+        a, b, out, k = _transition(self, x, t, earlier)
+        if isinstance(self.sde, sde_lib.VESDE):
+            sigma, below = self.sde.transition(0.0, t)[1], self.sde.transition(0.0, earlier)[1] if earlier > 0 else 0.0
+            return _update(x, out, 1.0, b**2 * k, below * b / sigma)
+        return _update(x, out, 1.0 / a, b**2 / a * k, b)
+
+
+@register_predictor(name="none")
+class NonePredictor(Predictor):
+    """Leaves the state as it is."""
+
+    def __init__(self, sde: SDE, score_fn: ScoreFn, probability_flow: bool = False) -> None:
+        pass
+
+    def update_fn(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        return x, x
+
+    def step_to(self, x: Tensor, t: float, earlier: float) -> tuple[Tensor, Tensor]:
+        return x, x
+
+
+def _transition(predictor: Predictor, x: Tensor, t: float, earlier: float) -> tuple[float, float, Tensor, Any]:
+    """``a, b`` of the forward process from ``earlier`` to ``t``, and the score ``k out`` at ``t``."""
+    require_transition(predictor)
+    times = time_vector(t, x)
+    check_inputs(x, times, predictor.sde.T)
+    return *predictor.sde.transition(earlier, t), *score_terms(predictor.score_fn, x, times)  # type: ignore[attr-defined]
+
+
+def require_transition(predictor: Any) -> None:
+    """ValueError where a predictor would need the transition of an SDE that does not say what it is."""
+    if isinstance(predictor, (ReverseDiffusionPredictor, AncestralSamplingPredictor)) and not (
+        type(predictor.rsde) is ReverseSDE and is_affine(predictor.sde)
+    ):
+        raise ValueError(
+            f"grid: {type(predictor).__name__} expects an affine SDE whose marginal and reverse follow from its "
+            f"coefficients, got {type(predictor.sde).__name__}. euler_maruyama takes any SDE."
+        )
+
+
+# ---- correctors ----
+
+
+class Corrector(abc.ABC):
+    """Langevin-like steps at a fixed time.
+
+    Args:
+        sde: the forward SDE.
+        score_fn: ``score_fn(x, t)``.
+        snr: signal-to-noise ratio that sets the step size.
+        n_steps: steps a call, from 0 on.
+    """
+
+    def __init__(self, sde: SDE, score_fn: ScoreFn, snr: float, n_steps: int) -> None:
+        self.sde, self.score_fn, self.snr, self.n_steps = sde, score_fn, snr, n_steps
+
+    @abc.abstractmethod
+    def update_fn(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """``(x, x_mean)``: states ``(B, *)`` with and without the noise of the last step; ``t`` is ``(B,)``."""
+
+    def _alpha(self, t: Tensor) -> Any:
+        """The factor of the step size: alpha of the discrete VP process, else 1."""
+        return self.sde.discrete_alpha(t) if isinstance(self.sde, (sde_lib.VPSDE, sde_lib.subVPSDE)) else 1.0
+
+
+@register_corrector(name="langevin")
+class LangevinCorrector(Corrector):
+    """Langevin dynamics, ``x_mean = x + e score, x = x_mean + sqrt(2 e) z`` with ``e = 2 alpha (snr |z| / |score|)^2``,
+    the norms averaged over the batch (Song et al. 2021, eq. 2, algorithms 4 and 5). alpha of a VP process is 1 -
+    beta_i, as upstream has it."""
+
+    def update_fn(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        check_inputs(x, t, self.sde.T)
+        x_mean, alpha = x, self._alpha(t)
+        for _ in range(self.n_steps):
+            out, k = score_terms(self.score_fn, x, t)
+            draw = noise.normal(x)
+            score_norm = ops.score_loss(out, k, None, 1.0).sqrt().mean()
+            noise_norm = ops.score_loss(x, None, 1.0, 1.0, draw).sqrt().mean()
+            step = 2.0 * alpha * (self.snr * noise_norm / score_norm) ** 2
+            x_mean, x = ops.affine_noise(x, out, 1.0, step * k, torch.sqrt(2.0 * step), draw)
+        return x, x_mean
+
+
+@register_corrector(name="ald")
+class AnnealedLangevinDynamics(Corrector):
+    """Annealed Langevin dynamics of NCSN: ``e = 2 alpha (snr std(t))^2`` (Song and Ermon 2019)."""
+
+    def update_fn(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        check_inputs(x, t, self.sde.T)
+        x_mean = x
+        std = self.sde.marginal_coefficients(t)[1] if is_affine(self.sde) else self.sde.marginal_prob(x, t)[1]
+        step = 2.0 * self._alpha(t) * (self.snr * std) ** 2
+        n = torch.sqrt(2.0 * step)
+        for _ in range(self.n_steps):
+            out, k = score_terms(self.score_fn, x, t)
+            x, x_mean = _update(x, out, 1.0, step * k, n)
+        return x, x_mean
+
+
+@register_corrector(name="none")
+class NoneCorrector(Corrector):
+    """Leaves the state as it is."""
+
+    def __init__(self, sde: SDE, score_fn: ScoreFn, snr: float, n_steps: int) -> None:
+        pass
+
+    def update_fn(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        return x, x
