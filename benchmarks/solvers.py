@@ -124,12 +124,9 @@ ON_GRIDS: dict[str, Run] = {
     "Heun, Karras grid": karras(2, method="heun", coordinate="angle"),
     "DPM-Solver++(2M), Karras grid": karras(method="dpmpp_2m"),
     "UniPC-3, Karras grid": karras(method="unipc", order=3),
-    "UniPC-4, Karras grid": karras(method="unipc", order=4),
     "UniPC-3, even angles": even(method="unipc", order=3),
     "UniPC-3 calibrated, theory": calibrated(3, "theory"),
-    "UniPC-4 calibrated, theory": calibrated(4, "theory"),
     "UniPC-3 calibrated, fitted": calibrated(3, "fitted"),
-    "UniPC-4 calibrated, fitted": calibrated(4, "fitted"),
 }
 SOLVERS = {**ADAPTIVE, **ON_GRIDS}
 
@@ -154,8 +151,8 @@ FULL = Effort(
     mixtures=tuple(MIXTURES),
     samples=256,
     digits=64,
-    tolerances=tuple(10 ** (-i / 3) for i in range(1, 25)),
-    evaluations=(5, 6, 8, 10, 13, 15, 18, 22, 26, 32, 38, 46, 56, 68, 82, 100, 120, 145),
+    tolerances=tuple(10 ** (-i / 2) for i in range(1, 17)),
+    evaluations=(5, 6, 8, 10, 13, 16, 20, 26, 32, 40, 50, 64, 82, 104, 130),
 )
 QUICK = Effort(
     kinds=("vp",),

@@ -1,60 +1,69 @@
-"""Fixed grids fitted to a network: where an adaptive solver would step, and better.
+"""Fixed grids for a network: where an adaptive solver would step, with coefficients fitted to what it finds.
 
-One adaptive run shows where along the log-SNR steps are needed. A few numbers then reshape that density so that UniPC
-with exactly ``nfe`` evaluations ends as close as it can to tightly solved trajectories. Nothing is rejected, and every
-solve takes the same evaluations: on mixtures about a third of RK45's at equal error (docs/performance.md). Choosing the
-times for the network: Sabour, Fidler, Kreis 2024, arXiv 2404.14507; Xue et al. 2024, arXiv 2402.17376.
+One adaptive run shows where along the log-SNR steps are needed, another gives the states of some samples at the times
+so chosen. A step of a multistep method is a linear combination of arrays that are at hand: its coefficients are then
+those that take these samples nearest to where they should be. Theory's coefficients are right for every D that is a
+polynomial; fitted ones for what this network does to this data, and the steps can be several times as long
+(docs/performance.md). Nothing is rejected, and every solve takes the same evaluations.
+
+Times chosen for the network: Sabour, Fidler, Kreis 2024, arXiv 2404.14507. Coefficients of each step fitted to
+trajectories, by gradient descent: Shaul et al. 2024, arXiv 2403.01329.
 """
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import os
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from . import noise
+from . import noise, ops
 from .checks import check_eps, check_shape
 from .flow import ProbabilityFlow
 from .integrate import solve
 from .integrate.multistep import Flow, grid_tables
 from .models import utils as mutils
+from .ode import precision_floor
 from .sde_lib import SDE, AffineSDE
 
-KNOTS = 6  # of the density's logarithm; ten do no better
-MANY = 24  # steps whose density serves all numbers of steps nearly as well as their own
-LOOSE = 3e-3  # tolerance of the run that gives the density: the coarse steps that few evaluations mean
+LOOSE = 1e-3  # tolerance of the run that shows where steps are needed
+TIGHT = 1e-6  # and of the one that is fitted to
+RIDGE = 1e-10  # share of a direction's variance among the samples below which theory decides about it
+COEFFICIENTS = ("auto", "theory", "fitted")
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Times for UniPC, made by :func:`calibrate_grid` for one SDE; to be handed to ``get_ode_sampler(grid=...)``.
+    """Steps of UniPC, made by :func:`calibrate_grid` for one SDE; to be handed to ``get_ode_sampler(grid=...)``.
 
     Attributes:
         sde: name of the SDE's class.
         times: ``nfe + 1`` times from T to eps.
         log_snr: the SDE's log-SNR at these times, by which it is recognised.
         order: of UniPC.
+        fitted: for each step the coefficients of ``[x_{i-1}, x_i, out_i, D_{i-1}, ..., D_{i-order}]`` that give
+            ``x_{i+1}``; None: those of theory.
         rms: root mean square error of the calibration samples, over all their elements.
-        rms_held_out: the same of as many others.
+        rms_held_out, median_held_out: the same of as many others, and of the median one among them. (A sample that
+            starts near the border between two modes may end in the other one, and then makes up all of the first.)
     """
 
     sde: str
     times: tuple[float, ...]
     log_snr: tuple[float, ...]
     order: int
+    fitted: tuple[tuple[float, ...], ...] | None
     rms: float
     rms_held_out: float
+    median_held_out: float
 
     @property
     def nfe(self) -> int:
@@ -74,7 +83,8 @@ class Grid:
     def tables(self, flow: Flow) -> Tensor:
         """The matrices of the steps, see :func:`scoresde_ext.integrate.multistep.grid_tables`."""
         self.check(flow.sde)
-        return grid_tables(flow, self.times, self.order, "unipc")
+        tables = grid_tables(flow, self.times, self.order, "unipc")
+        return tables if self.fitted is None else _replaced(tables, torch.tensor(self.fitted, dtype=torch.float64))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes JSON: to another name first, so that no half-written file is ever found under this one."""
@@ -93,15 +103,16 @@ class Grid:
             data = json.loads(Path(path).read_text())
             if data.pop("format") != "scoresde_ext grid 1":
                 raise ValueError("another format")
-            grid = Grid(**{**data, "times": tuple(data["times"]), "log_snr": tuple(data["log_snr"])})
+            for name in ("times", "log_snr"):
+                data[name] = tuple(map(float, data[name]))
+            if data["fitted"] is not None:
+                data["fitted"] = tuple(tuple(map(float, row)) for row in data["fitted"])
+            grid = Grid(**data)
             falls = all(a > b for a, b in zip(grid.times, grid.times[1:], strict=False))
-            if (
-                not falls
-                or len(grid.times) < 2
-                or len(grid.times) != len(grid.log_snr)
-                or grid.order not in (1, 2, 3, 4)
-            ):
+            if not falls or not len(grid.log_snr) == len(grid.times) > 1 or grid.order not in (1, 2, 3, 4):
                 raise ValueError("times or order")
+            if grid.fitted is not None and [len(row) for row in grid.fitted] != [3 + grid.order] * grid.nfe:
+                raise ValueError("fitted coefficients")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"path: expected a grid written by Grid.save, got {path} ({error}).") from error
         if sde is not None:
@@ -115,28 +126,31 @@ def calibrate_grid(
     shape: Sequence[int],
     *,
     nfe: int,
-    order: int = 4,
+    order: int = 3,
     eps: float = 1e-3,
     samples: int = 64,
     seed: int = 0,
     device: torch.device | str = "cuda",
+    coefficients: str = "auto",
     progress: bool = False,
 ) -> Grid:
     """A grid of ``nfe`` steps of UniPC for this network.
 
-    Costs about ``45 nfe + 150`` evaluations of ``samples`` samples, once for a network and an SDE.
+    Costs about ``400 + 3 nfe`` evaluations of ``samples`` samples, once for a network and an SDE.
 
     Args:
         sde: an affine SDE.
         model: network ``model(x, labels)``, trained on continuous times.
         shape: ``(B, *)`` as for the samplers; only the shape of one sample counts.
-        nfe: evaluations that a solve with the grid takes, from 5 on.
-        order: of UniPC, 1 to 4.
+        nfe: evaluations that a solve with the grid takes.
+        order: of UniPC, 1 to 4: how many past evaluations a step uses.
         eps: last time.
         samples: calibration samples; as many others measure the error.
         seed: their prior samples are streams 0, 1, ... of this seed.
         device: where to calibrate.
-        progress: a progress bar on a terminal.
+        coefficients: of the steps: ``theory``; ``fitted`` to the calibration samples, by least squares; ``auto``: what
+            has the smaller median error on the other samples (fitted, unless there are very many steps).
+        progress: progress bars on a terminal.
 
     Raises:
         ValueError: an argument is wrong; before any evaluation.
@@ -144,103 +158,120 @@ def calibrate_grid(
     """
     shape = check_shape(shape)
     check_eps(eps, sde.T)
-    for name, value, least in (("nfe", nfe, 5), ("samples", samples, 2), ("order", order, 1)):
+    for name, value, least in (("nfe", nfe, 1), ("samples", samples, 2), ("order", order, 1)):
         if not isinstance(value, int) or value < least:
             raise ValueError(f"{name}: expected a whole number from {least} on, got {value!r}.")
     if order > 4:
         raise ValueError(f"order: expected 1, 2, 3 or 4, got {order!r}.")
+    if coefficients not in COEFFICIENTS:
+        raise ValueError(f"coefficients: expected one of {', '.join(COEFFICIENTS)}, got {coefficients!r}.")
     flow = ProbabilityFlow(sde, mutils.get_score_fn(sde, model, train=False, continuous=True))
     flow.require_affine("calibrate_grid")
-    start, end = float(sde.T), float(eps)
+    span = (float(sde.T), float(eps))
 
     def draw(first: int) -> Tensor:
         with noise.seeds(seed, range(first, first + samples)):
             return noise.prior(sde, (samples, *shape[1:]), device)
 
-    def exact(z: Tensor) -> Tensor:
-        return solve(flow, (start, end), z, "unipc", order=4, rtol=1e-6, atol=1e-6).y
-
-    def ends(z: Tensor, times: Sequence[float]) -> Tensor:
-        return solve(flow, (start, end), z, "unipc", order=order, grid=times).y
-
     z, others = draw(0), draw(samples)
-    right = exact(z)
-    needed = _needed_steps(flow, z, (start, end), order)
-    bar = tqdm(desc="Calibrating the grid", disable=None if progress else True, unit="solve")
+    floor, _ = precision_floor(flow, z)
+    loose, tight = max(LOOSE, floor), max(TIGHT, floor)
+    times = _times(flow, z, span, order, nfe, loose)
+    adaptive: dict[str, Any] = {"method": "unipc", "order": 4, "rtol": tight, "atol": tight, "progress": progress}
+    states = solve(flow, span, z, t_eval=times, **adaptive).ys
+    others_end = solve(flow, span, others, **adaptive).y
 
-    def grid_times(knots: np.ndarray, steps: int = nfe) -> list[float]:
-        return [start, *_times(flow, needed, knots, steps)[1:-1], end]
+    def made(fitted: Tensor | None) -> Grid:
+        grid = Grid(
+            sde=type(sde).__name__,
+            times=tuple(times),
+            log_snr=tuple(flow.sde.log_snr(t) for t in times),  # type: ignore[attr-defined]
+            order=order,
+            fitted=None if fitted is None else tuple(map(tuple, fitted.tolist())),
+            rms=math.nan,
+            rms_held_out=math.nan,
+            median_held_out=math.nan,
+        )
 
-    def residual(knots: np.ndarray, steps: int = nfe) -> np.ndarray:
-        bar.update()
-        error = ends(z, grid_times(knots, steps)) - right
-        return error.double().flatten().cpu().numpy() / math.sqrt(max(error.numel(), 1))
+        def errors(z: Tensor, right: Tensor) -> Tensor:
+            error = solve(flow, span, z, "unipc", grid=grid, on_failure="status").y - right
+            return error.double().square().flatten(1).mean(1).sqrt()
 
-    with bar:
-        knots = np.zeros(KNOTS)
-        if nfe < MANY:  # few steps may send samples astray, which hides where they are needed: begin with more
-            knots = _least_squares(functools.partial(residual, steps=MANY), knots)
-        times = grid_times(_least_squares(residual, knots))
+        own, held_out = errors(z, states[-1]), errors(others, others_end)
+        return replace(
+            grid,
+            rms=own.square().mean().sqrt().item(),
+            rms_held_out=held_out.square().mean().sqrt().item(),
+            median_held_out=held_out.median().item(),
+        )
 
-    def rms(z: Tensor, right: Tensor) -> float:
-        return float((ends(z, times) - right).double().square().mean().sqrt())
-
-    return Grid(
-        sde=type(sde).__name__,
-        times=tuple(times),
-        log_snr=tuple(flow.sde.log_snr(t) for t in times),  # type: ignore[attr-defined]
-        order=order,
-        rms=rms(z, right),
-        rms_held_out=rms(others, exact(others)),
-    )
+    grids = []
+    if coefficients != "theory":
+        grids.append(made(_fitted(flow, times, order, states)))
+    if coefficients != "fitted":
+        grids.append(made(None))
+    return min(grids, key=lambda grid: (math.isnan(grid.median_held_out), grid.median_held_out))
 
 
-def _needed_steps(flow: ProbabilityFlow, z: Tensor, span: tuple[float, float], order: int) -> tuple[Any, Any]:
-    """How the need for steps adds up from T on: log-SNR, and the share of all steps before it, both rising. A step that
-    an adaptive solver made with error norm e could have been ``e^(-1/(order + 1))`` as long."""
+def _times(
+    flow: ProbabilityFlow, z: Tensor, span: tuple[float, float], order: int, nfe: int, tolerance: float
+) -> list[float]:
+    """Times between which steps are equally needed. A step that an adaptive solver made with error norm e could have
+    been ``e^(-1/(order + 1))`` as long."""
     from scipy.interpolate import PchipInterpolator  # imported here: it takes longer than the rest of the package
 
-    run = solve(flow, span, z, "unipc", order=order, rtol=LOOSE, atol=LOOSE)
+    sde: Any = flow.sde
+    run = solve(flow, span, z, "unipc", order=order, rtol=tolerance, atol=tolerance)
     norms = run.error_norms[run.error_norms < 1].numpy()
-    log_snr = np.array([flow.sde.log_snr(t) for t in run.times.tolist()])  # type: ignore[attr-defined]
+    log_snr = np.array([sde.log_snr(t) for t in run.times.tolist()])
     need = np.cumsum(np.concatenate([[0.0], np.maximum(norms, 1e-6) ** (1.0 / (order + 1))]))
     fine = np.linspace(log_snr[0], log_snr[-1], 4001)
-    share = np.maximum.accumulate(PchipInterpolator(log_snr, need / need[-1])(fine))
-    return fine, share + np.linspace(0.0, 1e-9, len(fine))
+    share = np.maximum.accumulate(PchipInterpolator(log_snr, need / need[-1])(fine)) + np.linspace(0.0, 1e-9, 4001)
+    inner = np.interp(np.linspace(0.0, share[-1], nfe + 1)[1:-1], share, fine)
+    return [span[0], *(sde.time_at(v) for v in inner.tolist()), span[1]]
 
 
-def _times(flow: ProbabilityFlow, needed: tuple[Any, Any], knots: np.ndarray, nfe: int) -> list[float]:
-    """``nfe`` steps that share the need evenly, after its density was multiplied by ``exp(knots)``."""
-    log_snr, share = needed
-    q = np.linspace(0.0, 1.0, 1001)
-    density = np.exp(np.interp(q, np.linspace(0.0, 1.0, len(knots)), knots))
-    reshaped = np.concatenate([[0.0], np.cumsum(0.5 * (density[1:] + density[:-1]))])
-    at = np.interp(np.linspace(0.0, 1.0, nfe + 1), reshaped / reshaped[-1], q)
-    sde: Any = flow.sde
-    return [sde.time_at(v) for v in np.interp(at, share / share[-1], log_snr).tolist()]
+def _replaced(tables: Tensor, fitted: Tensor) -> Tensor:
+    """The matrices of :func:`grid_tables` with fitted coefficients: x_i is the state that step i - 1 gave, which is not
+    corrected."""
+    tables = tables.clone()
+    tables[:, 1] = torch.eye(tables.shape[2], dtype=tables.dtype)[1]
+    tables[:, 2] = fitted
+    return tables
 
 
-def _least_squares(residual: Callable[[np.ndarray], np.ndarray], x: np.ndarray, rounds: int = 6) -> np.ndarray:
-    """The x with the least sum of squares, by Levenberg's and Marquardt's method with difference quotients; it stops
-    where a round gains less than 2 %. (scipy's takes several times the evaluations for digits that mean nothing here.)
+def _fitted(flow: ProbabilityFlow, times: Sequence[float], order: int, states: Tensor) -> Tensor:
+    """``(nfe, 3 + order)``: the coefficients of each step. ``states``: ``(nfe + 1, B, *)``, where the samples should
+    be. Step by step, from where the samples are after the steps already fitted: what went wrong there is mended here.
     """
-    r = residual(x)
-    damping = 1e-2
-    for _ in range(rounds):
-        slopes = np.stack([(residual(x + 0.05 * unit) - r) / 0.05 for unit in np.eye(len(x))], 1)
-        normal, gradient = slopes.T @ slopes, slopes.T @ r
-        diagonal = np.diag(np.diag(normal) + 1e-12 * np.trace(normal))
-        for _ in range(4):
-            step = -np.linalg.solve(normal + damping * diagonal, gradient)
-            step *= min(1.0, 0.7 / np.abs(step).max())
-            r_new = residual(x + step)
-            if r_new @ r_new < r @ r:
-                break
-            damping *= 5.0
-        else:
-            return x
-        gain = (r @ r) / (r_new @ r_new)
-        x, r, damping = x + step, r_new, max(damping / 5.0, 1e-4)
-        if gain < 1.02:
-            break
-    return x - x.mean()
+    before = x = states[0]
+    past = [torch.zeros_like(x)] * order
+    fitted = []
+    with torch.no_grad():
+        for i, table in enumerate(grid_tables(flow, times, order, "unipc")):
+            out = flow.network(x, times[i])
+            (value,) = ops.combine([x, out], table[:1, 1:3].to(x.device))
+            a, b = table[0, 1], table[0, 2]  # D = a x + b out
+            # x and out hardly differ at large times: D in the place of out is the better basis.
+            theory = table[2].clone()
+            theory[1], theory[2] = theory[1] - theory[2] * a / b, theory[2] / b
+            known = [i > 0, True, True, *(j < i for j in range(order))]
+            row = torch.zeros_like(theory)
+            arrays = [v for v, there in zip([before, x, value, *past], known, strict=True) if there]
+            row[known] = _least_squares(arrays, states[i + 1], theory[known])
+            row[1], row[2] = row[1] + row[2] * a, row[2] * b
+            fitted.append(row)
+            (after,) = ops.combine([before, x, out, *past], row[None].to(x.device))
+            before, x, past = x, after, [value, *past[:-1]]
+    return torch.stack(fitted)
+
+
+def _least_squares(arrays: Sequence[Tensor], wanted: Tensor, theory: Tensor) -> Tensor:
+    """The coefficients c with ``sum_k c_k arrays_k`` nearest to ``wanted``; those of theory in directions that the
+    arrays hardly have."""
+    columns = torch.stack([v.double().flatten() for v in arrays], 1).cpu()
+    missing = wanted.double().flatten().cpu() - columns @ theory
+    sizes = columns.square().sum(0).sqrt().clamp(min=1e-300)
+    columns = columns / sizes
+    normal = columns.T @ columns + RIDGE * torch.eye(len(theory), dtype=torch.float64)
+    return theory + torch.linalg.solve(normal, columns.T @ missing) / sizes

@@ -167,7 +167,7 @@ class OdeSampler:
 _FLOORS = {torch.bfloat16: (1e-3, "bfloat16"), torch.float16: (1e-4, "float16")}
 
 
-def _precision_floor(flow: ProbabilityFlow, x: Tensor) -> tuple[float, str]:
+def precision_floor(flow: ProbabilityFlow, x: Tensor) -> tuple[float, str]:
     """The smallest tolerance that the network's rounding allows, and what it computes in."""
     network: Any = flow.score_fn.network
     dtype = getattr(network, "dtype", None)
@@ -202,7 +202,7 @@ def solve_ode(
     **options: Any,
 ) -> Solution:
     """Our integrator for the methods it has, scipy for the others."""
-    floor, kind = _precision_floor(flow, ys[0])
+    floor, kind = precision_floor(flow, ys[0])
     fixed = options.get("steps") is not None or options.get("grid") is not None
     if max(rtol, atol) < floor and not fixed:
         warnings.warn(

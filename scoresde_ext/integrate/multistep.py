@@ -46,7 +46,8 @@ class Flow(Drift, Protocol):
 class CalibratedGrid(Protocol):
     """Times, and the matrices of the steps between them (see :func:`grid_tables`)."""
 
-    times: tuple[float, ...]
+    @property
+    def times(self) -> tuple[float, ...]: ...
 
     def tables(self, flow: Flow) -> Tensor: ...
 
@@ -347,7 +348,8 @@ class Adaptive(Run):
         onward = onward.clamp(0.2, LARGEST_GROWTH)
         onward = torch.where(self.rejected, onward.clamp(max=1.0), onward)
         again = torch.where(norm.isfinite(), again.clamp(min=0.2), 0.2)
-        self.norm_before = torch.where(accepted, positive, self.norm_before)
+        # A gap that vanishes by chance must not make the step after it look bad.
+        self.norm_before = torch.where(accepted, norm.clamp(min=1e-3), self.norm_before)
         return accepted, h * torch.where(accepted, onward, again)
 
     def keep(self, accepted: Tensor, t_new: Tensor, there: Point, new: Tensor, value: Tensor) -> None:

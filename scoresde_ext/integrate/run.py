@@ -104,7 +104,8 @@ class Run:
         reached, times, span = self.reached, _log(self.times, self.reached), (self.start, self.end)
         if angle is not None:  # back to t and x
             ys = (angle.leave(ys[0], self.end),)
-            dense = dense and (torch.stack([angle.leave(y, at) for y, at in zip(dense[0], self.t_eval, strict=True)]),)
+            for y, at in zip(dense[0] if dense else (), self.t_eval, strict=True):
+                y.copy_(angle.leave(y, at))
             reached, times, span = angle.times(reached), angle.times(times), angle.span
         message = describe(self.status.cpu(), reached.cpu(), span, self.nfe, self.max_steps, self.error)
         if bool(failed.any()):
