@@ -149,8 +149,8 @@ class Effort(NamedTuple):
 FULL = Effort(
     kinds=tuple(KINDS),
     mixtures=tuple(MIXTURES),
-    samples=256,
-    digits=64,
+    samples=128,
+    digits=32,
     tolerances=tuple(10 ** (-i / 2) for i in range(1, 17)),
     evaluations=(5, 6, 8, 10, 13, 16, 20, 26, 32, 40, 50, 64, 82, 104, 130),
 )
