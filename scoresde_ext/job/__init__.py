@@ -1,0 +1,6 @@
+"""Jobs: a million samples, none lost, none twice. ``docs/jobs.md`` says what is promised and how it is kept.
+
+``settings`` is what a user may ask for, ``networks`` loads the network, ``samplers`` computes shards of samples,
+``shards`` writes them, ``manifest`` knows which exist, ``workers`` shares them out, ``run`` puts all of it together,
+``progress`` and ``report`` show it, ``commands`` is the command line.
+"""

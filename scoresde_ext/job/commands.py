@@ -1,0 +1,120 @@
+"""The commands: from the words of the command line to an exit code.
+
+0: done. 1: something failed on the way; what exists is whole, and the same command continues. 2: a wrong input, in one
+line, before any work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from .settings import Calibrate, Likelihood, Problem, Refused, Sample, flag, reason, resolve
+
+SETTINGS: dict[str, tuple[type[Problem], str]] = {
+    "sample": (Sample, "draw samples into a folder; continues where it was stopped"),
+    "calibrate": (Calibrate, "find the times of fixed steps for a network"),
+    "likelihood": (Likelihood, "likelihoods of data under a network"),
+}
+
+
+def add_to(commands: Any) -> None:
+    """Adds the commands to those of the parser."""
+    for name, (cls, help) in SETTINGS.items():
+        command = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.", allow_abbrev=False)
+        command.add_argument("--config", metavar="FILE", help="YAML or TOML with these settings by name")
+        for f in fields(cls):
+            option = f"--{f.name.replace('_', '-')}"
+            default = "" if f.default in (None, "", 0) or f.default is False else f" [{_plain(f.default)}]"
+            if f.metadata["parse"] is flag:
+                action: Any = argparse.BooleanOptionalAction
+                command.add_argument(option, action=action, default=None, help=f.metadata["help"] + default)
+            else:
+                command.add_argument(option, metavar=f.metadata["metavar"], help=f.metadata["help"] + default)
+        command.set_defaults(run=lambda options, name=name: run(name, options))
+    sample = commands.choices["sample"]
+    sample.add_argument("--dry-run", action="store_true", help="say what would be done, how many shards, how much disk")
+    sample.add_argument("--remake", action="store_true", help="look at all shards first; make damaged ones again")
+    for name, help in (
+        ("status", "how far the job of a folder is"),
+        ("verify", "whether all that was written is there, whole, once"),
+    ):
+        command = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.", allow_abbrev=False)
+        command.add_argument("folder", help="that `sample` wrote")
+        command.set_defaults(run=lambda options, name=name: run(name, options))
+
+
+def _plain(value: Any) -> str:
+    return ",".join(f"{v:g}" for v in value) if isinstance(value, tuple) else str(value)
+
+
+def run(name: str, options: argparse.Namespace) -> int:
+    """One command, and its exit code."""
+    try:
+        if name in SETTINGS:
+            cls = SETTINGS[name][0]
+            given = {f.name: getattr(options, f.name) for f in fields(cls)}
+            return _RUN[name](resolve(cls, options.config, given), options)
+        return _RUN[name](options.folder)
+    except Refused as refused:
+        print(f"scoresde {name}: {refused}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"scoresde {name}: stopped{_CONTINUES.get(name, '')}", file=sys.stderr)
+        return 130
+    except (OSError, _dist_error()) as error:
+        print(f"scoresde {name}: stopped: {reason(error)}{_CONTINUES.get(name, '')}", file=sys.stderr)
+        return 1
+
+
+_CONTINUES = {"sample": ". What is written is whole, and the same command continues"}
+
+
+def _dist_error() -> type[BaseException]:
+    """What torch.distributed's store raises where its host is gone."""
+    import torch
+
+    return getattr(torch.distributed, "DistError", OSError)
+
+
+def _sample(settings: Any, options: argparse.Namespace) -> int:
+    from .run import sample
+
+    return sample(settings, options.dry_run, options.remake)
+
+
+def _status(folder: str) -> int:
+    from .inspect import status
+
+    return status(Path(folder))
+
+
+def _verify(folder: str) -> int:
+    from .inspect import verify
+
+    return verify(Path(folder))
+
+
+def _calibrate(settings: Any, options: argparse.Namespace) -> int:
+    from .tasks import calibrate
+
+    return calibrate(settings)
+
+
+def _likelihood(settings: Any, options: argparse.Namespace) -> int:
+    from .tasks import likelihood
+
+    return likelihood(settings)
+
+
+_RUN: dict[str, Callable[..., int]] = {
+    "sample": _sample,
+    "calibrate": _calibrate,
+    "likelihood": _likelihood,
+    "status": _status,
+    "verify": _verify,
+}
