@@ -7,7 +7,9 @@ line, before any work.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -29,7 +31,8 @@ def add_to(commands: Any) -> None:
         command.add_argument("--config", metavar="FILE", help="YAML or TOML with these settings by name")
         for f in fields(cls):
             option = f"--{f.name.replace('_', '-')}"
-            default = "" if f.default in (None, "", 0) or f.default is False else f" [{_plain(f.default)}]"
+            shown = not f.metadata["needed"] and f.default is not None and f.default is not False
+            default = f" [{_plain(f.default)}]" if shown else ""
             if f.metadata["parse"] is flag:
                 action: Any = argparse.BooleanOptionalAction
                 command.add_argument(option, action=action, default=None, help=f.metadata["help"] + default)
@@ -61,16 +64,23 @@ def run(name: str, options: argparse.Namespace) -> int:
             return _RUN[name](resolve(cls, options.config, given), options)
         return _RUN[name](options.folder)
     except Refused as refused:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(WAIT)  # the first worker says the same, and torchrun then ends this one
         print(f"scoresde {name}: {refused}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"scoresde {name}: stopped{_CONTINUES.get(name, '')}", file=sys.stderr)
         return 130
-    except (OSError, _dist_error()) as error:
+    except _dist_error() as error:
+        lost = f"stopped: lost the store that the workers share, for its host is gone ({reason(error)})"
+        print(f"scoresde {name}: {lost}{_CONTINUES.get(name, '')}", file=sys.stderr)
+        return 1
+    except OSError as error:
         print(f"scoresde {name}: stopped: {reason(error)}{_CONTINUES.get(name, '')}", file=sys.stderr)
         return 1
 
 
+WAIT = 5.0
 _CONTINUES = {"sample": ". What is written is whole, and the same command continues"}
 
 

@@ -31,14 +31,14 @@ class Progress:
     def show(self, samples: int, evaluations: int, last: bool = False) -> None:
         """``samples`` were done in this run, with ``evaluations``."""
         now = time.monotonic()
+        done = min(self.before + samples, self.total)  # what a lost worker had begun was done twice
         each = f"{evaluations / samples:.1f} evaluations a sample" if samples else ""
         if self.bar is not None:
             self.bar.set_postfix_str(each, refresh=False)
-            self.bar.update(self.before + samples - self.bar.n)
+            self.bar.update(done - self.bar.n)
         elif self.shown and samples > self.told and (last or now - self.last >= EVERY):
             self.last, self.told = now, samples
             rate = samples / (now - self.start)
-            done = self.before + samples
             left = tqdm.format_interval((self.total - done) / rate)
             self.say(f"{done} of {self.total} samples, {rate:.1f} samples/s, {each}, {left} left")
 

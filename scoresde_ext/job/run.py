@@ -167,6 +167,7 @@ class Job:
         """The report, and the exit code."""
         from . import report
 
+        files.remove_partials(self.folder)  # a lost worker's
         there = manifest.read(self.folder)
         report.write(self.folder, self.config, there)
         if self.settings.grid_png:

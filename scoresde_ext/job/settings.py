@@ -108,9 +108,11 @@ def assignments(value: Any) -> dict[str, float]:
         raise ValueError("expected numbers by name, for example beta_min=0.1,beta_max=20") from None
 
 
-def option(default: Any, parse: Parser, help: str, metavar: str = "N", same: bool = True) -> Any:
-    """A field. ``same``: whether a folder of samples has one value of it for all time."""
-    return field(default=default, metadata={"parse": parse, "help": help, "metavar": metavar, "same": same})
+def option(default: Any, parse: Parser, help: str, metavar: str = "N", same: bool = True, needed: bool = False) -> Any:
+    """A field. ``same``: whether a folder of samples has one value of it for all time. ``needed``: there is no default
+    that would do."""
+    about = {"parse": parse, "help": help, "metavar": metavar, "same": same, "needed": needed}
+    return field(default=default, metadata=about)
 
 
 # ---- the commands' settings ----
@@ -120,7 +122,7 @@ def option(default: Any, parse: Parser, help: str, metavar: str = "N", same: boo
 class Problem:
     """Which network, for which SDE."""
 
-    network: str = option("", text, "the network: file.py:function or package.module:function", "NAME")
+    network: str = option("", text, "the network: file.py:function or package.module:function", "NAME", needed=True)
     checkpoint: str | None = option(None, text, "its weights: safetensors, or a torch file", "FILE")
     weights: str = option("ema", word(("ema", "model")), "which weights of a torch checkpoint", "KIND")
     sde: str = option("vp", word(SDES), "the SDE the network was trained for", "NAME")
@@ -130,14 +132,14 @@ class Problem:
     seed: int = option(0, whole(0), "of all random numbers")
     device: str = option("auto", text, "cpu, cuda or auto", "NAME", same=False)
     dtype: str = option("float32", word(("float32", "bfloat16", "float16")), "the network computes in", "TYPE")
-    out: str = option("", text, "folder or file to write", "PATH", same=False)
+    out: str = option("", text, "folder or file to write", "PATH", same=False, needed=True)
 
 
 @dataclass(frozen=True)
 class Sample(Problem):
     """A sampling job."""
 
-    samples: int = option(0, whole(1), "how many are wanted in all", same=False)
+    samples: int = option(0, whole(1), "how many are wanted in all", same=False, needed=True)
     batch: int = option(256, whole(1), "samples that are computed together", same=False)
     shard_size: int | None = option(None, whole(1), f"samples in a file, a multiple of the batch; about {SHARD}")
     format: str = option("npz", word(FORMATS), f"of the files: {', '.join(FORMATS)}", "KIND")
@@ -183,7 +185,7 @@ class Sample(Problem):
 class Calibrate(Problem):
     """A search for the times of fixed steps."""
 
-    nfe: int = option(0, whole(5), "evaluations of the network a sample")
+    nfe: int = option(0, whole(5), "evaluations of the network a sample", needed=True)
     order: int = option(4, whole(1), "of unipc")
     samples: int = option(64, whole(2), "samples to calibrate with")
 
@@ -193,7 +195,7 @@ class Likelihood(Problem):
     """Likelihoods of data."""
 
     eps: float = option(1e-5, number(above=0.0), "first time", "TIME")
-    data: str = option("", text, "the data: npz with samples (uint8 NHWC), npy or pt (float)", "FILE")
+    data: str = option("", text, "the data: npz with samples (uint8 NHWC), npy or pt (float)", "FILE", needed=True)
     data_range: tuple[float, float] = option((-1.0, 1.0), interval, "of the network's data", "LOW,HIGH")
     batch: int = option(256, whole(1), "samples that are computed together")
     hutchinson: str = option("Rademacher", word(("Rademacher", "Gaussian", "exact")), "noise of the divergence", "NAME")
@@ -231,14 +233,10 @@ def resolve(cls: type[S], config: str | None, given: Mapping[str, Any]) -> S:
             except ValueError as error:
                 raise Refused(f"{source}{name}: {error}, got {value!r}") from None
     settings = cls(**found)
-    for name in required(cls):
-        if not getattr(settings, name):
-            raise Refused(f"{name}: is missing. Give --{name.replace('_', '-')}, or a --config that has it")
+    for f in fields(cls):
+        if f.metadata["needed"] and not getattr(settings, f.name):
+            raise Refused(f"{f.name}: is missing. Give --{f.name.replace('_', '-')}, or a --config that has it")
     return settings
-
-
-def required(cls: type[Problem]) -> list[str]:
-    return [f.name for f in fields(cls) if f.default in ("", 0) and f.name != "seed"]
 
 
 def read_config(path: str) -> dict[str, Any]:
