@@ -27,7 +27,7 @@ import torch.distributed.rendezvous
 import yaml  # noqa: F401
 
 from scoresde_ext.__main__ import main
-from scoresde_ext.job import inspect, report, run, samplers, workers  # noqa: F401
+from scoresde_ext.job import audit, report, run, samplers, workers  # noqa: F401
 
 HERE = Path(__file__).parent
 NOT_COMPARED = {"job.yaml", "report.html", "lock"}  # they hold times, or the folder's name

@@ -39,9 +39,6 @@ def add_to(commands: Any) -> None:
             else:
                 command.add_argument(option, metavar=f.metadata["metavar"], help=f.metadata["help"] + default)
         command.set_defaults(run=lambda options, name=name: run(name, options))
-    sample = commands.choices["sample"]
-    sample.add_argument("--dry-run", action="store_true", help="say what would be done, how many shards, how much disk")
-    sample.add_argument("--remake", action="store_true", help="look at all shards first; make damaged ones again")
     for name, help in (
         ("status", "how far the job of a folder is"),
         ("verify", "whether all that was written is there, whole, once"),
@@ -61,7 +58,7 @@ def run(name: str, options: argparse.Namespace) -> int:
         if name in SETTINGS:
             cls = SETTINGS[name][0]
             given = {f.name: getattr(options, f.name) for f in fields(cls)}
-            return _RUN[name](resolve(cls, options.config, given), options)
+            return _RUN[name](resolve(cls, options.config, given))
         return _RUN[name](options.folder)
     except Refused as refused:
         if os.environ.get("RANK", "0") != "0":
@@ -91,31 +88,31 @@ def _dist_error() -> type[BaseException]:
     return getattr(torch.distributed, "DistError", OSError)
 
 
-def _sample(settings: Any, options: argparse.Namespace) -> int:
+def _sample(settings: Any) -> int:
     from .run import sample
 
-    return sample(settings, options.dry_run, options.remake)
+    return sample(settings)
 
 
 def _status(folder: str) -> int:
-    from .inspect import status
+    from .audit import status
 
     return status(Path(folder))
 
 
 def _verify(folder: str) -> int:
-    from .inspect import verify
+    from .audit import verify
 
     return verify(Path(folder))
 
 
-def _calibrate(settings: Any, options: argparse.Namespace) -> int:
+def _calibrate(settings: Any) -> int:
     from .tasks import calibrate
 
     return calibrate(settings)
 
 
-def _likelihood(settings: Any, options: argparse.Namespace) -> int:
+def _likelihood(settings: Any) -> int:
     from .tasks import likelihood
 
     return likelihood(settings)

@@ -25,7 +25,7 @@ CONFIG = "job.yaml"
 Plan = list[tuple[int, int]]
 
 
-def sample(settings: Sample, dry_run: bool = False, remake: bool = False) -> int:
+def sample(settings: Sample) -> int:
     """Runs the job. Returns 0, or 1 where samples failed.
 
     Raises:
@@ -33,8 +33,8 @@ def sample(settings: Sample, dry_run: bool = False, remake: bool = False) -> int
     """
     settings = completed(settings)
     worker = workers.join()
-    job = Job(settings, worker, remake)
-    if dry_run:
+    job = Job(settings, worker)
+    if settings.dry_run:
         if worker.rank == 0:
             job.describe()
         return 0
@@ -50,8 +50,8 @@ def sample(settings: Sample, dry_run: bool = False, remake: bool = False) -> int
 class Job:
     """One worker's part of a job."""
 
-    def __init__(self, settings: Sample, worker: workers.Alone, remake: bool) -> None:
-        self.worker, self.remake = worker, remake
+    def __init__(self, settings: Sample, worker: workers.Alone) -> None:
+        self.settings, self.worker = settings, worker
         self.folder = Path(settings.out)
         self.lock: files.FolderLock | None = None
         self.progress = Progress(settings.samples, 0, False)
@@ -62,11 +62,12 @@ class Job:
         device = networks.choose_device(settings.device, int(os.environ.get("LOCAL_RANK", "0")))
         network = networks.load_network(settings, device)
         self.sampling = Sampling(settings, network, device, lambda text: self.progress.say(text))
-        self.settings = settings
         self.config = {**as_dict(settings), "shape": list(self.sampling.shape), "out": str(self.folder.resolve())}
         for name in ("network", "checkpoint", "grid"):
             if name in self.config:
                 self.config[name] = absolute(self.config[name])
+        for name in ("dry_run", "remake"):  # of this run alone
+            del self.config[name]
         self.config[RECORD] = record
         if stored is not None:
             check_shape(self.folder, stored, self.config)
@@ -109,8 +110,8 @@ class Job:
             raise Refused(f"out: another job is at work on {self.folder}. Wait for it, or choose another folder")
         there = manifest.read(self.folder)
         plan = self.plan(there)
-        bad = [there[first] for first in damaged(self.folder, there, self.remake)]
-        if bad and not self.remake:
+        bad = [there[first] for first in damaged(self.folder, there, self.settings.remake)]
+        if bad and not self.settings.remake:
             names = ", ".join(shard.file for shard in bad[:3]) + (", ..." if len(bad) > 3 else "")
             raise Refused(
                 f"out: {len(bad)} shards that were written are gone or of another size ({names}). --remake makes them "
@@ -137,6 +138,8 @@ class Job:
         todo = sum(stop - start for start, stop in plan)
         total = max(self.settings.samples, todo)
         self.progress = Progress(total, total - todo, shown=first)
+        if first and not plan:
+            self.progress.say(f"all {total} samples are there already")
         worker.begin(plan, lambda: set(manifest.read(self.folder)))
         writer = Writer(self)
 

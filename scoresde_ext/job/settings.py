@@ -143,7 +143,9 @@ class Sample(Problem):
     batch: int = option(256, whole(1), "samples that are computed together", same=False)
     shard_size: int | None = option(None, whole(1), f"samples in a file, a multiple of the batch; about {SHARD}")
     format: str = option("npz", word(FORMATS), f"of the files: {', '.join(FORMATS)}", "KIND")
-    data_range: tuple[float, float] = option((-1.0, 1.0), interval, "of the samples, for 8-bit images", "LOW,HIGH")
+    data_range: tuple[float, float] = option(
+        (-1.0, 1.0), interval, "of the samples, for 8-bit images (--data-range=-1,1)", "LOW,HIGH"
+    )
     sampler: str = option("unipc", word(SAMPLERS), ", ".join(SAMPLERS), "NAME")
     nfe: int | None = option(None, whole(1), "evaluations of the network a sample: fixed steps")
     grid: str | None = option(None, text, "fixed steps at the times that `scoresde calibrate` found", "FILE")
@@ -158,6 +160,8 @@ class Sample(Problem):
     corrector_steps: int | None = option(None, whole(0), "of pc: a predictor step")
     continuous: bool = option(True, flag, "whether the network was trained on continuous times")
     grid_png: bool = option(False, flag, "write preview.png, the first samples side by side", same=False)
+    dry_run: bool = option(False, flag, "say what would be done, how many shards, how much disk", same=False)
+    remake: bool = option(False, flag, "look at all shards first; make damaged ones again", same=False)
 
     @property
     def kind(self) -> str:
@@ -196,7 +200,9 @@ class Likelihood(Problem):
 
     eps: float = option(1e-5, number(above=0.0), "first time", "TIME")
     data: str = option("", text, "the data: npz with samples (uint8 NHWC), npy or pt (float)", "FILE", needed=True)
-    data_range: tuple[float, float] = option((-1.0, 1.0), interval, "of the network's data", "LOW,HIGH")
+    data_range: tuple[float, float] = option(
+        (-1.0, 1.0), interval, "of the network's data (--data-range=-1,1)", "LOW,HIGH"
+    )
     batch: int = option(256, whole(1), "samples that are computed together")
     hutchinson: str = option("Rademacher", word(("Rademacher", "Gaussian", "exact")), "noise of the divergence", "NAME")
     epsilons: int = option(1, whole(1), "noise vectors to average over")
