@@ -7,6 +7,7 @@ line, before any work.
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 import time
@@ -58,8 +59,8 @@ def run(name: str, options: argparse.Namespace) -> int:
         if name in SETTINGS:
             cls = SETTINGS[name][0]
             given = {f.name: getattr(options, f.name) for f in fields(cls)}
-            return _RUN[name](resolve(cls, options.config, given))
-        return _RUN[name](options.folder)
+            return _function(name)(resolve(cls, options.config, given))
+        return _function(name)(Path(options.folder))
     except Refused as refused:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(WAIT)  # the first worker says the same, and torchrun then ends this one
@@ -88,40 +89,9 @@ def _dist_error() -> type[BaseException]:
     return getattr(torch.distributed, "DistError", OSError)
 
 
-def _sample(settings: Any) -> int:
-    from .run import sample
-
-    return sample(settings)
+_MODULES = {"sample": "run", "calibrate": "tasks", "likelihood": "tasks", "status": "audit", "verify": "audit"}
 
 
-def _status(folder: str) -> int:
-    from .audit import status
-
-    return status(Path(folder))
-
-
-def _verify(folder: str) -> int:
-    from .audit import verify
-
-    return verify(Path(folder))
-
-
-def _calibrate(settings: Any) -> int:
-    from .tasks import calibrate
-
-    return calibrate(settings)
-
-
-def _likelihood(settings: Any) -> int:
-    from .tasks import likelihood
-
-    return likelihood(settings)
-
-
-_RUN: dict[str, Callable[..., int]] = {
-    "sample": _sample,
-    "calibrate": _calibrate,
-    "likelihood": _likelihood,
-    "status": _status,
-    "verify": _verify,
-}
+def _function(name: str) -> Callable[[Any], int]:
+    """What a command does, imported when it is asked for: the help is there at once."""
+    return getattr(importlib.import_module(f".{_MODULES[name]}", __package__), name)

@@ -234,8 +234,6 @@ class Sampling:
             raise error
         self.say(f"out of memory with {self.rows} samples at a time: going on with {(self.rows + 1) // 2}")
         self.rows = (self.rows + 1) // 2
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
 
 
 class _Shard:
