@@ -138,8 +138,9 @@ class Job:
         todo = sum(stop - start for start, stop in plan)
         total = max(self.settings.samples, todo)
         self.progress = Progress(total, total - todo, shown=first)
-        if first and not plan:
-            self.progress.say(f"all {total} samples are there already")
+        if first:
+            what = f"{todo} samples in {len(plan)} shards" if plan else f"nothing: all {total} samples are there"
+            self.progress.say(f"to be drawn by {worker.size} on {self.sampling.device.type}: {what}")
         worker.begin(plan, lambda: set(manifest.read(self.folder)))
         writer = Writer(self)
 
