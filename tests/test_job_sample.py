@@ -230,20 +230,54 @@ def damage(path: Path, how: str) -> None:
 def test_damage_is_found_and_mended(how: str, word: str, tmp_path: Path, capsys: Any) -> None:
     for samples in (14, 22):
         assert job(tmp_path, *SAMPLERS["unipc"], samples=samples) == 0
-    whole = content(tmp_path)
+    whole, (samples, ids) = content(tmp_path), found(tmp_path, "npz")
     assert sorted(whole) == [f"samples-{first:012d}.npz" for first in (0, 8, 14, 16)]
-    for first in (8, 14):
-        damage(tmp_path / f"samples-{first:012d}.npz", how)
+    damage(tmp_path / "samples-000000000014.npz", how)
     capsys.readouterr()
     assert main(["verify", str(tmp_path)]) == 1
     out = capsys.readouterr().out
-    assert re.search(f"samples-000000000008.npz .*{word}", out) and f"--config {tmp_path / 'job.yaml'} --remake" in out
-    assert main(["sample", "--config", str(tmp_path / "job.yaml")]) == (0 if how == "bit" else 2)
-    assert main(["sample", "--config", str(tmp_path / "job.yaml"), "--remake"]) == 0
+    assert re.search(f"samples-000000000014.npz .*{word}", out) and f"--config {tmp_path / 'job.yaml'} --remake" in out
+    again = ["sample", "--config", str(tmp_path / "job.yaml")]
+    assert main(again) == (0 if how == "bit" else 2)
+    assert main([*again, "--remake"]) == 0
     assert content(tmp_path) == whole
+    # Neighbours are made as one.
+    for first in (8, 14):
+        damage(tmp_path / f"samples-{first:012d}.npz", how)
+    assert main([*again, "--remake"]) == 0
+    for one, other in zip(found(tmp_path, "npz"), (samples, ids), strict=True):
+        assert np.array_equal(one, other)
     capsys.readouterr()
     assert main(["verify", str(tmp_path)]) == 0
-    assert capsys.readouterr().out == "22 samples in 4 shards: all there, whole, once\n"
+    assert capsys.readouterr().out == "22 samples in 3 shards: all there, whole, once\n"
+
+
+def test_a_remake_that_is_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was found damaged is missing from then on, also for a command without --remake."""
+    assert job(tmp_path, *SAMPLERS["unipc"]) == 0
+    whole = content(tmp_path)
+    damage(tmp_path / "samples-000000000008.npz", "bit")
+    with monkeypatch.context() as patch, pytest.raises(KeyError):
+        patch.setattr(shards, "write", lambda *args: {}["stopped"])
+        job(tmp_path, *SAMPLERS["unipc"], "--remake")
+    assert job(tmp_path, *SAMPLERS["unipc"]) == 0
+    assert content(tmp_path) == whole and main(["verify", str(tmp_path)]) == 0
+
+
+def test_a_folder_that_another_job_has_made_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The settings are compared once more when the folder is locked."""
+    from scoresde_ext.job import run
+
+    prepare = run.Job.prepare
+
+    def late(self: run.Job) -> Any:
+        monkeypatch.setattr(run.Job, "prepare", prepare)
+        assert job(tmp_path / "out", "--nfe", "5") == 0
+        return prepare(self)
+
+    monkeypatch.setattr(run.Job, "prepare", late)
+    assert job(tmp_path / "out", *SAMPLERS["unipc"]) == 2
+    assert yaml.safe_load((tmp_path / "out" / "job.yaml").read_text())["nfe"] == 5
 
 
 def test_verify_finds_what_is_wrong_with_the_set(tmp_path: Path, capsys: Any) -> None:

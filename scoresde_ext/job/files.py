@@ -80,10 +80,15 @@ def remove_partials(folder: Path) -> None:
     """What killed jobs have left. For the owner of the folder alone."""
     for entry in os.scandir(folder):
         if entry.name.startswith(".") and entry.name.endswith(PARTIAL):
-            if entry.is_dir():
-                shutil.rmtree(entry.path)
-            else:
-                os.unlink(entry.path)
+            remove(Path(entry.path))
+
+
+def remove(path: Path) -> None:
+    """A file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 class FolderLock:

@@ -1,7 +1,8 @@
 """What exists: a line of JSON for each shard, in a log of each worker's own.
 
 A line is written after its shard is on disk, and synced. A kill can tear the last line of a log; the shard it was
-about then counts as not written, and is made again with the same bytes.
+about then counts as not written, and is made again with the same bytes. A line is never changed; one that drops it may
+follow.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from .files import sync_folder
 
@@ -61,7 +63,14 @@ class Log:
         self.path = folder / LOGS / f"worker-{worker:05d}.jsonl"
 
     def append(self, shard: Shard) -> None:
-        line = json.dumps(asdict(shard), separators=(",", ":"))
+        self._write(asdict(shard))
+
+    def drop(self, shard: Shard) -> None:
+        """The line of this shard does not count any more."""
+        self._write({"drop": identity(shard)})
+
+    def _write(self, values: dict[str, Any]) -> None:
+        line = json.dumps(values, separators=(",", ":"))
         new = not self.path.exists()
         with open(self.path, "ab") as file:
             file.write(f"\n{line}\n".encode())  # a line break first: what stands before may be torn
@@ -71,12 +80,22 @@ class Log:
             sync_folder(self.path.parent)
 
 
+def identity(shard: Shard) -> tuple[int, float, int]:
+    """What tells a line from that of the same shard made again."""
+    return shard.first, shard.written, shard.worker
+
+
 def read(folder: Path) -> dict[int, Shard]:
     """The shards that exist, by their first id; of one that was made twice, the later."""
     found: dict[int, Shard] = {}
+    dropped: set[tuple[int, float, int]] = set()
     for line in _lines(folder):
         try:
             values = json.loads(line)
+            if "drop" in values:
+                first, written, worker = values["drop"]
+                dropped.add((first, written, worker))
+                continue
             for name in ("evaluations", "failed"):
                 values[name] = {int(key): value for key, value in values[name].items()}
             shard = Shard(**values)
@@ -84,6 +103,9 @@ def read(folder: Path) -> dict[int, Shard]:
             continue  # torn
         if shard.first not in found or found[shard.first].written <= shard.written:
             found[shard.first] = shard
+    for first, written, worker in dropped:
+        if first in found and identity(found[first]) == (first, written, worker):
+            del found[first]
     return found
 
 

@@ -55,26 +55,34 @@ class Job:
         self.folder = Path(settings.out)
         self.lock: files.FolderLock | None = None
         self.progress = Progress(settings.samples, 0, False)
-        record = fingerprint(settings)
-        stored = stored_config(self.folder)
-        if stored is not None:
-            check_same(self.folder, stored, settings, record)
+        self.config: dict[str, Any] = {RECORD: fingerprint(settings)}
+        self.compare()
         device = networks.choose_device(settings.device, int(os.environ.get("LOCAL_RANK", "0")))
         network = networks.load_network(settings, device)
         self.sampling = Sampling(settings, network, device, lambda text: self.progress.say(text))
-        self.config = {**as_dict(settings), "shape": list(self.sampling.shape), "out": str(self.folder.resolve())}
+        self.config = {**as_dict(settings), "out": str(self.folder.resolve()), **self.config}
+        self.config["shape"] = list(self.sampling.shape)
         for name in ("network", "checkpoint", "grid"):
             if name in self.config:
                 self.config[name] = absolute(self.config[name])
         for name in ("dry_run", "remake"):  # of this run alone
             del self.config[name]
-        self.config[RECORD] = record
-        if stored is not None:
-            check_shape(self.folder, stored, self.config)
-            self.config["samples"] = max(settings.samples, int(stored.get("samples", 0)))
-            self.config[RECORD] |= {n: v for n, v in stored.get(RECORD, {}).items() if n == "started"}
+        self.compare()
 
     # -- before the work
+
+    def compare(self) -> None:
+        """Refused where the folder was made with other settings. What it has already stays asked for."""
+        there = stored_config(self.folder)
+        if there is None:
+            return
+        check_same(self.folder, there, self.settings, self.config[RECORD])
+        if "shape" in self.config and there.get("shape") != self.config["shape"]:
+            shapes = f"samples of shape {there.get('shape')}, got {self.config['shape']}"
+            raise Refused(f"out: {self.folder} has {shapes}. Choose another folder")
+        self.config["samples"] = max(self.settings.samples, int(there.get("samples", 0)))
+        if "started" in there.get(RECORD, {}):
+            self.config[RECORD]["started"] = there[RECORD]["started"]
 
     def plan(self, there: dict[int, Shard]) -> Plan:
         """The shards to be made."""
@@ -108,16 +116,16 @@ class Job:
         # Of a former attempt that torchrun restarted, or on another machine, the last process may still be ending.
         if not self.lock.acquire(60.0 if self.worker.restarts else 0.5):
             raise Refused(f"out: another job is at work on {self.folder}. Wait for it, or choose another folder")
+        self.compare()  # again: another job may have made the folder since
         there = manifest.read(self.folder)
-        plan = self.plan(there)
-        bad = [there[first] for first in damaged(self.folder, there, self.settings.remake)]
+        bad = [there.pop(first) for first in damaged(self.folder, there, self.settings.remake)]
         if bad and not self.settings.remake:
             names = ", ".join(shard.file for shard in bad[:3]) + (", ..." if len(bad) > 3 else "")
             raise Refused(
                 f"out: {len(bad)} shards that were written are gone or of another size ({names}). --remake makes them "
                 "again"
             )
-        plan = sorted(plan + [(shard.first, shard.stop) for shard in bad])
+        plan = self.plan(there)
         samples = sum(stop - first for first, stop in plan)
         needed, free = shards.bytes_of(self.settings, self.sampling.shape, samples), free_space(self.folder)
         if plan and needed > free:
@@ -126,9 +134,11 @@ class Job:
             files.remove_partials(self.folder)
             self.config[RECORD].setdefault("started", time.time())
             write_config(self.folder, self.config)
+            for shard in bad:
+                manifest.Log(self.folder, 0).drop(shard)
+                files.remove(self.folder / shard.file)
         except OSError as error:
             raise Refused(f"out: cannot write to {self.folder}: {reason(error)}") from None
-        self.there = there
         return plan
 
     # -- the work
@@ -299,11 +309,6 @@ def check_same(folder: Path, there: dict[str, Any], settings: Sample, record: di
             found.append(f"{name.replace('_', ' ')} is {shown[0]} there, {shown[1]} here")
     if found:
         raise Refused(f"out: {folder} was made with other settings: {'; '.join(found)}. Choose another folder")
-
-
-def check_shape(folder: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
-    if there.get("shape") != here["shape"]:
-        raise Refused(f"out: {folder} has samples of shape {there.get('shape')}, got {here['shape']}")
 
 
 def write_config(folder: Path, config: dict[str, Any]) -> None:
