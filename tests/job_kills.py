@@ -105,19 +105,22 @@ class Undisturbed:
 
 
 def random_kills(base: Path, whole: Undisturbed, kills: int, seed: int) -> dict[str, int]:
-    """SIGKILL at moments spread evenly over a job's length; the same command again, until it gets through."""
-    chance, done, jobs = random.Random(seed), 0, 0
+    """SIGKILL at moments spread evenly over a job's length; the same command again, until it gets through. The length
+    is learned: a machine that does other work too is now fast, now slow."""
+    chance, done, jobs, lengths = random.Random(seed), 0, 0, dict(whole.seconds)
     while done < kills:
         job = list(JOBS)[jobs % len(JOBS)]
         folder = base / "killed"
         while True:
             pid = fork(command(job, folder, []))
-            time.sleep(chance.uniform(0, whole.seconds[job]))
+            time.sleep(chance.uniform(0, lengths[job]))
             os.kill(pid, signal.SIGKILL)
             code = end_of(pid)
             if code == 0:
+                lengths[job] *= 0.7
                 break
             assert code == -signal.SIGKILL, f"a job went wrong by itself, with {code}"
+            lengths[job] *= 1.1
             done += 1
         check(folder, whole.expected[job], f"{job}, killed {done} times")
         shutil.rmtree(folder)
