@@ -51,15 +51,30 @@ def digits_job(out: Path, samples: int, batch: int, nfe: int) -> Sample:
     )
 
 
-def run_job(settings: Sample) -> tuple[float, float]:
-    """Seconds of wall clock and of processor time, from the first batch to the report."""
+class Timed(run.Sampling):
+    """Adds up what the batches themselves take: wall clock, and processor time of the thread."""
+
+    wall = cpu = 0.0
+
+    def _batch(self, ids: range) -> Any:
+        start, cpu = time.perf_counter(), time.thread_time()
+        result = super()._batch(ids)
+        self.wall += time.perf_counter() - start
+        self.cpu += time.thread_time() - cpu
+        return result
+
+
+def run_job(settings: Sample) -> tuple[float, float, float, float]:
+    """Seconds of wall clock and of processor time, from the first batch to the report; and of both, how much was not
+    spent in the batches, as a share."""
     job = run.Job(settings, workers.Alone())
+    job.sampling = timed = Timed(settings, job.sampling.network, job.sampling.device, print)
     plan = job.prepare()
     start, cpu = time.perf_counter(), time.process_time()
     assert job.work(plan) == 0
-    seconds = time.perf_counter() - start, time.process_time() - cpu
+    wall, cpu = time.perf_counter() - start, time.process_time() - cpu
     job.close()
-    return seconds
+    return wall, cpu, (wall - timed.wall) / wall, (cpu - timed.cpu) / cpu
 
 
 def run_bare(settings: Sample, network: Any) -> tuple[float, float]:
@@ -77,9 +92,10 @@ def run_bare(settings: Sample, network: Any) -> tuple[float, float]:
 
 
 def throughput(samples: int, batch: int, nfe: int, repeats: int) -> dict[str, Any]:
-    """Medians over ``repeats`` of both in turns: a machine that does other work too disturbs both alike."""
+    """Medians over ``repeats`` of both in turns. Where other work disturbs one more than the other, the shares of the
+    job's own time that were not spent in batches say more (of processor time, with one thread)."""
     network = digits_network("vp")
-    times: dict[str, list[tuple[float, float]]] = {"job": [], "bare": []}
+    times: dict[str, list[tuple[float, ...]]] = {"job": [], "bare": []}
     for i in range(repeats):
         for what in ("job", "bare") if i % 2 else ("bare", "job"):
             with tempfile.TemporaryDirectory() as folder:
@@ -95,6 +111,8 @@ def throughput(samples: int, batch: int, nfe: int, repeats: int) -> dict[str, An
         "samples_per_second": {what: samples / min(t[0] for t in found) for what, found in times.items()},
         "wall_ratio": wall,
         "processor_ratio": cpu,
+        "wall_outside_batches": statistics.median(t[2] for t in times["job"]),
+        "processor_outside_batches": statistics.median(t[3] for t in times["job"]),
         "seconds": times,
     }
 

@@ -22,11 +22,11 @@ from scoresde_ext.stochastic import get_sde_sampler
 
 NETWORKS = Path(__file__).with_name("job_networks.py")
 SAMPLERS: dict[str, list[str]] = {
-    "unipc": ["--sampler", "unipc", "--nfe", "4"],
+    "unipc": ["--sampler", "unipc", "--nfe", "10"],
     "heun": ["--sampler", "heun", "--nfe", "4", "--denoise"],
     "unipc adaptive": ["--sampler", "unipc", "--rtol", "1e-2", "--atol", "1e-2"],
     "RK23 adaptive": ["--sampler", "RK23", "--rtol", "1e-1", "--atol", "1e-1", "--coordinate", "angle", "--denoise"],
-    "unipc_sde": ["--sampler", "unipc_sde", "--nfe", "4"],
+    "unipc_sde": ["--sampler", "unipc_sde", "--nfe", "11"],
     "adaptive_sde": ["--sampler", "adaptive_sde", "--rtol", "0.5", "--atol", "0.5"],
     "pc": ["--sampler", "pc", "--nfe", "60", "--corrector", "ald"],
 }
@@ -58,7 +58,7 @@ def alone(sampler: str, network: Any, ids: range) -> torch.Tensor:
         return x
 
     made: Any = {
-        "unipc": lambda: sampling.get_ode_sampler(sde, shape, same, method="unipc", steps=4, **common),
+        "unipc": lambda: sampling.get_ode_sampler(sde, shape, same, method="unipc", steps=10, **common),
         "heun": lambda: sampling.get_ode_sampler(sde, shape, same, True, method="heun", steps=2, **common),
         "unipc adaptive": lambda: sampling.get_ode_sampler(
             sde, shape, same, False, 1e-2, 1e-2, "unipc", control="per_sample", **common
@@ -66,7 +66,7 @@ def alone(sampler: str, network: Any, ids: range) -> torch.Tensor:
         "RK23 adaptive": lambda: sampling.get_ode_sampler(
             sde, shape, same, True, 0.1, 0.1, "RK23", control="per_sample", coordinate="angle", **common
         ),
-        "unipc_sde": lambda: get_sde_sampler(sde, shape, same, steps=3, **common),
+        "unipc_sde": lambda: get_sde_sampler(sde, shape, same, steps=10, **common),
         "adaptive_sde": lambda: get_sde_sampler(sde, shape, same, method="adaptive", rtol=0.5, atol=0.5, **common),
         "pc": lambda: sampling.get_pc_sampler(
             sde,
@@ -124,6 +124,7 @@ def test_formats(format: str, tmp_path: Path) -> None:
     assert job(tmp_path / "a", *SAMPLERS["unipc"], "--format", format, "--grid-png") == 0
     expected = torch.cat([alone("unipc", Tiny(), range(a, a + 4)) for a in range(0, 22, 4)])[:22]
     images = ((expected + 1) * 127.5).round().clamp(0, 255).permute(0, 2, 3, 1).numpy()
+    assert len(np.unique(images)) > 50 and (images == 0).mean() < 0.2  # there is something to compare
     parts = sorted((tmp_path / "a").glob("samples*"))
     assert [p.name.split(".")[0] for p in parts] == [f"samples-{first:012d}" for first in (0, 8, 16)]
     if format == "npz":
@@ -304,7 +305,7 @@ def test_status(tmp_path: Path, capsys: Any) -> None:
     assert main(["status", str(tmp_path)]) == 0
     rows = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if not line.startswith("last"))
     assert rows["samples"] == "14 of 14" and rows["job"] == "not at work"
-    assert rows["sampler"] == "unipc, 4.0 evaluations a sample" and rows["shards"].startswith("2 npz")
+    assert rows["sampler"] == "unipc, 10.0 evaluations a sample" and rows["shards"].startswith("2 npz")
 
 
 def test_dry_run(tmp_path: Path, capsys: Any) -> None:
@@ -414,3 +415,23 @@ def test_likelihood(tmp_path: Path, capsys: Any) -> None:
         fn = get_likelihood_fn(sde_lib.VPSDE(), lambda x: (x + 1) / 2, rtol=1e-3, atol=1e-3, levels=256, seeds=0)
         fn.options["control"] = "per_sample"
         np.testing.assert_allclose(result["bpd"], fn(Tiny(), x)[0].numpy(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("sde", ["subvp", "ve"])
+def test_other_sdes(sde: str, tmp_path: Path) -> None:
+    more = ["--sde", sde, "--eps", "1e-2", "--nfe", "4", "--format", "pt"]
+    more += ["--sde-options", "sigma_max=3"] if sde == "ve" else []
+    assert job(tmp_path, *more, samples=4) == 0
+    made: Any = sde_lib.VESDE(sigma_max=3) if sde == "ve" else sde_lib.subVPSDE()
+    sampler = sampling.get_ode_sampler(
+        made, (4, 1, 4, 4), lambda x: x, method="unipc", steps=4, eps=1e-2, device="cpu", seeds=3
+    )
+    np.testing.assert_allclose(found(tmp_path)[0], sampler(Tiny())[0].detach().numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_half_precision(tmp_path: Path) -> None:
+    """The network computes in it; the state and the files are float32."""
+    for name in ("float32", "bfloat16"):
+        assert job(tmp_path / name, *SAMPLERS["unipc"], "--format", "pt", "--dtype", name, samples=4) == 0
+    half, whole = (found(tmp_path / name)[0] for name in ("bfloat16", "float32"))
+    assert half.dtype == np.float32 and 0 < np.abs(half - whole).max() < 0.1
