@@ -149,8 +149,8 @@ class Job:
         total = max(self.settings.samples, todo)
         self.progress = Progress(total, total - todo, shown=first)
         if first:
-            what = f"{todo} samples in {len(plan)} shards" if plan else f"nothing: all {total} samples are there"
-            self.progress.say(f"to be drawn by {worker.size} on {self.sampling.device.type}: {what}")
+            what = f"{todo} samples to draw, in {len(plan)} shards" if plan else f"all {total} samples are there"
+            self.progress.say(f"{what}; workers: {worker.size}, device: {self.sampling.device.type}")
         worker.begin(plan, lambda: set(manifest.read(self.folder)))
         writer = Writer(self)
 
