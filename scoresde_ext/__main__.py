@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import platform
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 
 from scoresde_ext import _C, __version__
+from scoresde_ext.job import commands as jobs
 
 
 def devices() -> list[str]:
@@ -43,12 +45,20 @@ def info() -> int:
     return 0
 
 
+class Parser(argparse.ArgumentParser):
+    """One that says in one line what is wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
 def parser() -> argparse.ArgumentParser:
     """The parser of the command line; each command leaves its function in ``run``."""
-    top = argparse.ArgumentParser(prog="scoresde", description="Score-based generative modeling through SDEs.")
+    top = Parser(prog="scoresde", description="Score-based generative modeling through SDEs.", allow_abbrev=False)
     top.add_argument("--version", action="version", version=__version__)
     commands = top.add_subparsers(title="commands", metavar="COMMAND")
 
+    jobs.add_to(commands)
     command = commands.add_parser("info", help="versions, compiler, CUDA architectures, CPU instruction sets, devices")
     command.set_defaults(run=lambda _: info())
     return top

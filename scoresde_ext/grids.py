@@ -174,7 +174,7 @@ def calibrate_grid(
             return noise.prior(sde, (samples, *shape[1:]), device)
 
     z, others = draw(0), draw(samples)
-    floor, _ = precision_floor(flow, z)
+    floor, _ = precision_floor(flow, z.device, z.dtype)
     loose, tight = max(LOOSE, floor), max(TIGHT, floor)
     times = _times(flow, z, span, order, nfe, loose)
     adaptive: dict[str, Any] = {"method": "unipc", "order": 4, "rtol": tight, "atol": tight, "progress": progress}

@@ -31,6 +31,7 @@ __all__ = [
     "integers",
     "normal",
     "normal_tensor",
+    "part",
     "prior",
     "replay",
     "run",
@@ -229,6 +230,14 @@ def seeded(seeds: Seeds, batch: int) -> AbstractContextManager[None]:
     if len(source.ids) != batch:
         raise ValueError(f"seeds: expected one stream id a sample, {batch}, got {len(source.ids)}.")
     return _as_source(source)
+
+
+def part(seeds: Seeds, first: int, stop: int) -> Seeds:
+    """Of a sampler's ``seeds``, those of samples ``first`` to ``stop - 1``."""
+    if seeds is None:
+        return None
+    seed, ids = seeds if isinstance(seeds, tuple) else (seeds, range(stop))
+    return seed, ids[first:stop]
 
 
 def run(device: torch.device | str) -> AbstractContextManager[None]:

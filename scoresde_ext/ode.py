@@ -15,8 +15,9 @@ from torch import Tensor
 from . import integrate, noise, ops
 from .checks import bad_rows, check_eps, check_latent, check_shape, check_tolerances, name_rows
 from .flow import ProbabilityFlow
-from .integrate import Solution, SolverError, Status, time_vector
+from .integrate import Finished, Solution, SolverError, Status, Stream, time_vector
 from .integrate.results import describe
+from .integrate.run import column
 from .models import utils as mutils
 from .predictors import ReverseDiffusionPredictor
 from .sde_lib import SDE
@@ -115,6 +116,31 @@ class OdeSampler:
         """The samples with what they took."""
         return self._run(model, z)
 
+    def stream(self, model: Any, slots: int) -> Stream:
+        """The samples one by one, ``slots`` at a time, see :func:`integrate.stream`: for an adaptive method of ours
+        under ``control='per_sample'``. A sample that fails is NaN and has its status; nothing is raised for it."""
+        if self.options["control"] != "per_sample":
+            raise ValueError(f"control: a stream expects 'per_sample', got {self.options['control']!r}.")
+        score_fn = mutils.get_score_fn(self.sde, model, train=False, continuous=True)
+        flow, span = ProbabilityFlow(self.sde, score_fn), (self.sde.T, self.eps)
+
+        def source(first: int, stop: int) -> Tensor:
+            with noise.seeded(noise.part(self.seeds, first, stop), stop - first):
+                return noise.prior(self.sde, (stop - first, *self.shape[1:]), self.device)
+
+        @torch.no_grad()
+        def after(group: Finished) -> Finished:
+            y, status = group.y, group.status
+            if self.denoise:
+                y, status = self._last_step(y, status, score_fn)
+            return group._replace(y=self.inverse_scaler(y), status=status)
+
+        kept = {n: self.options[n] for n in ("rtol", "atol", "coordinate", "order", "max_steps")}
+        kept["rtol"], kept["atol"] = _held_tolerances(flow, self.options["rtol"], self.options["atol"], self.device)
+        stream = integrate.stream(flow, span, source, self.shape[0], slots, self.method, **kept)
+        stream.after = after
+        return stream
+
     def _run(self, model: Any, z: Tensor | None) -> Solution:
         score_fn = mutils.get_score_fn(self.sde, model, train=False, continuous=True)
         if z is None:
@@ -142,40 +168,61 @@ class OdeSampler:
         self, solution: Solution, score_fn: mutils.ScoreFunction, cause: BaseException | None
     ) -> tuple[Solution, BaseException | None]:
         """The last step without noise, of the samples that reached it; and what the network raised, if it did."""
-        (x,) = solution.y
-        finished = solution.status == Status.SUCCESS
-        chosen = finished.reshape(-1, *[1] * (x.dim() - 1))
-        predictor = ReverseDiffusionPredictor(self.sde, score_fn, probability_flow=False)
-        status = solution.status
+        (x,), status = solution.y, solution.status
         try:
-            with torch.no_grad():
-                # No network is shown a NaN.
-                mean = predictor.update_fn(torch.where(chosen, x, 0.0), time_vector(self.eps, x))[1]
+            y, status = self._last_step(x, status, score_fn)
         except Exception as raised:
-            mean, cause = torch.full_like(x, math.nan), raised
-            status = torch.where(finished, int(Status.RAISED), status).to(status.dtype)
-        else:
-            lost = ~mean.reshape(len(x), math.prod(x.shape[1:])).isfinite().all(1)
-            status = torch.where(finished & lost, int(Status.NOT_FINITE), status).to(status.dtype)
-        y = torch.where((status == 0).reshape(chosen.shape), mean, math.nan)
+            y, cause = torch.full_like(x, math.nan), raised
+            status = torch.where(status == Status.SUCCESS, int(Status.RAISED), status).to(status.dtype)
         message = describe(
             status.cpu(), solution.t.cpu(), (self.sde.T, self.eps), solution.nfe, self.options["max_steps"], cause
         )
         return replace(solution, y=(y,), status=status, message=message), cause
 
+    @torch.no_grad()
+    def _last_step(self, x: Tensor, status: Tensor, score_fn: mutils.ScoreFunction) -> tuple[Tensor, Tensor]:
+        """States and status after it."""
+        finished = status == Status.SUCCESS
+        predictor = ReverseDiffusionPredictor(self.sde, score_fn, probability_flow=False)
+        # No network is shown a NaN.
+        mean = predictor.update_fn(torch.where(column(finished, x), x, 0.0), time_vector(self.eps, x))[1]
+        lost = ~mean.reshape(len(x), math.prod(x.shape[1:])).isfinite().all(1)
+        status = torch.where(finished & lost, int(Status.NOT_FINITE), status).to(status.dtype)
+        return torch.where(column(status == 0, x), mean, math.nan), status
+
 
 _FLOORS = {torch.bfloat16: (1e-3, "bfloat16"), torch.float16: (1e-4, "float16")}
 
 
-def precision_floor(flow: ProbabilityFlow, x: Tensor) -> tuple[float, str]:
+def _held_tolerances(
+    flow: ProbabilityFlow, rtol: float, atol: float, device: torch.device | str, dtype: torch.dtype = torch.float32
+) -> tuple[float, float]:
+    """The tolerances, not below what the network's rounding allows."""
+    floor, kind = precision_floor(flow, torch.device(device), dtype)
+    if max(rtol, atol) >= floor:
+        return rtol, atol
+    warnings.warn(
+        f"rtol, atol: held at {floor:g} (got {rtol:g} and {atol:g}), for the network computes in {kind}: smaller "
+        "errors are below its rounding, and would cost hundreds of evaluations. Run it in float32 for more.",
+        stacklevel=5,
+    )
+    return floor, floor
+
+
+def precision_floor(flow: ProbabilityFlow, device: torch.device, dtype_of_state: torch.dtype) -> tuple[float, str]:
     """The smallest tolerance that the network's rounding allows, and what it computes in."""
     network: Any = flow.score_fn.network
     dtype = getattr(network, "dtype", None)
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
     if dtype in _FLOORS:
         return _FLOORS[dtype]
-    if x.is_cuda and x.dtype == torch.float32 and dtype in (None, torch.float32) and _uses_tf32(network):
+    if (
+        device.type == "cuda"
+        and dtype_of_state == torch.float32
+        and dtype in (None, torch.float32)
+        and _uses_tf32(network)
+    ):
         return 1e-4, "TF32"
     return 0.0, ""
 
@@ -202,15 +249,8 @@ def solve_ode(
     **options: Any,
 ) -> Solution:
     """Our integrator for the methods it has, scipy for the others."""
-    floor, kind = precision_floor(flow, ys[0])
-    fixed = options.get("steps") is not None or options.get("grid") is not None
-    if max(rtol, atol) < floor and not fixed:
-        warnings.warn(
-            f"rtol, atol: held at {floor:g} (got {rtol:g} and {atol:g}), for the network computes in {kind}: smaller "
-            "errors are below its rounding, and would cost hundreds of evaluations. Run it in float32 for more.",
-            stacklevel=4,
-        )
-        rtol = atol = floor
+    if options.get("steps") is None and options.get("grid") is None:
+        rtol, atol = _held_tolerances(flow, rtol, atol, ys[0].device, ys[0].dtype)
     if isinstance(method, integrate.Tableau) or method in integrate.METHODS or method in integrate.MULTISTEP:
         return integrate.solve(
             flow, t_span, ys, method, rtol=rtol, atol=atol, on_failure=on_failure, progress=progress, **options

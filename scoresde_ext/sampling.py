@@ -213,6 +213,7 @@ def get_pc_sampler(
     *,
     seeds: noise.Seeds = None,
     grid: Sequence[float] | Tensor | None = None,
+    on_failure: str = "raise",
     progress: bool = False,
 ) -> Callable[[Any], tuple[Tensor, int]]:
     """``sampler(model)`` -> ``(samples, N (n_steps + 1))``: predictor-corrector sampling (Song et al. 2021, algorithm
@@ -235,6 +236,7 @@ def get_pc_sampler(
             in force, by default torch's generator.
         grid: times from T to eps, of any number, in place of N equal steps. Predictors then step from each time to the
             next by the SDE's own transition, and from eps to the data (where N equal steps end with one of T/N).
+        on_failure: ``raise`` a SolverError, or ``status``: return the samples with NaN or Inf as they are.
         progress: a progress bar on a terminal.
 
     Raises:
@@ -244,6 +246,8 @@ def get_pc_sampler(
     shape = check_shape(shape)
     check_eps(eps, sde.T)
     check_corrector(snr, n_steps)
+    if on_failure not in ("raise", "status"):
+        raise ValueError(f"on_failure: expected one of raise, status, got {on_failure!r}.")
     times = check_grid(grid, sde, predictor, eps, continuous)
     noise.seeded(seeds, shape[0])
 
@@ -255,7 +259,9 @@ def get_pc_sampler(
                 for visit in loop.visits(x, eps, times, progress):
                     x, x_mean = loop.correct(x, visit.t)
                     x, x_mean = visit.predict(x)
-            result = check_finite(x_mean if denoise else x, "Predictor-corrector sampling")
+            result = x_mean if denoise else x
+            if on_failure == "raise":
+                check_finite(result, "Predictor-corrector sampling")
             return inverse_scaler(result), (len(times) if times else sde.N) * (n_steps + 1)
 
     return pc_sampler

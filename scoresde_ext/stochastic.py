@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from torch import Tensor
 from . import noise, ops
 from .checks import check_eps, check_latent, check_shape, check_tolerances
 from .flow import ProbabilityFlow
-from .integrate import Solution, SolverError, Status
+from .integrate import Solution, SolverError, Status, Stream
 from .integrate.run import Run, column, padded
 from .integrate.runge_kutta import nan_alone
 from .models import utils as mutils
@@ -174,6 +174,25 @@ class SdeSampler:
             raise SolverError(solution.message, solution) from run.error
         return solution
 
+    def stream(self, model: Any, slots: int) -> Stream:
+        """The samples of ``adaptive`` one by one, ``slots`` at a time, as :meth:`solve` would give them under
+        ``seeds``; the slot of a finished sample goes to the next. One that fails is NaN and has its status; nothing is
+        raised for it. See :func:`scoresde_ext.integrate.stream`."""
+        flow = ProbabilityFlow(self.sde, mutils.get_score_fn(self.sde, model, train=False, continuous=True))
+        flow.require_affine("get_sde_sampler")
+
+        def begin(first: int, stop: int) -> tuple[Run, None]:
+            with noise.seeded(noise.part(self.seeds, first, stop), stop - first):
+                x = noise.prior(self.sde, (stop - first, *self.shape[1:]), self.device)
+                run = self.make_run(flow, x)
+                if not isinstance(run, Adaptive):
+                    raise ValueError("method: a stream expects 'adaptive'; fixed steps have no slots to refill.")
+                with noise.run(x.device):
+                    run.begin()
+            return run, None
+
+        return Stream(begin, self.shape[0], slots, lambda group: group._replace(y=self.inverse_scaler(group.y)))
+
 
 # ---- one step ----
 
@@ -300,6 +319,7 @@ class BrownianTree:
     """
 
     LEVELS = 30
+    ROWS: ClassVar[dict[str, int]] = {"like": 0, "base": 0, "at_end": 0}
 
     def __init__(self, like: Tensor, start: float, end: float) -> None:
         self.like, self.start, self.spacing = like, start, (end - start) / 2**self.LEVELS
@@ -356,11 +376,20 @@ ROUGHNESS = 1.5  # the gap of a step of length h is of order h times the change 
 class Adaptive(Run):
     """Every sample has its own step sizes, on a Brownian path of its own."""
 
+    ROWS = Run.ROWS | dict.fromkeys(
+        ("path", "j", "here", "x", "w", "last", "value", "h", "h_before", "rejected", "overflow"), 0
+    )
+
     def __init__(self, order: int, rtol: float, atol: float, denoise: bool, flow: ProbabilityFlow, *args: Any) -> None:
         super().__init__(flow, *args)
         self.flow, self.order, self.rtol, self.atol, self.denoise = flow, order, rtol, atol, denoise
 
     def integrate(self) -> None:
+        self.begin()
+        while self.step():
+            pass
+
+    def begin(self) -> None:
         (x,) = self.ys
         sde: Any = self.flow.sde
         self.path = BrownianTree(x, sde.log_snr(self.start), sde.log_snr(self.end))
@@ -374,8 +403,6 @@ class Adaptive(Run):
         self.h_before = torch.zeros_like(self.h)
         self.rejected = self.overflow = torch.zeros_like(self.h, dtype=torch.bool)
         self.first_step = FIRST_STEP
-        while self.can_go_on():
-            self.step()
 
     def time(self, j: Tensor) -> Tensor:
         """The times of points of the path: exact at both ends."""
@@ -407,8 +434,10 @@ class Adaptive(Run):
     def combine(self, arrays: Sequence[Tensor], *matrix: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return ops.combine(arrays, torch.stack([torch.stack(list(line)) for line in matrix]))
 
-    def step(self) -> None:
-        """One attempted step of every sample that still runs."""
+    def step(self) -> bool:
+        """One attempted step of every sample that still runs; False where none can."""
+        if not self.can_go_on():
+            return False
         x, here = self.x, self.here
         j = self.target()
         there, t, w = self.point(j), self.time(j), self.path(j)
@@ -431,6 +460,7 @@ class Adaptive(Run):
         if bool(self.overflow.any()):
             self.end_as(self.overflow & nan_alone([new, predicted, out]), Status.NOT_FINITE)
         self.keep(self.decide(norm, h), j, t, there, h, (new, value, self.value, w))
+        return True
 
     def decide(self, norm: Tensor, h: Tensor) -> Tensor:
         """Which samples accept their step; sets the next step sizes."""

@@ -46,8 +46,7 @@ def restore_checkpoint(
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"path: expected a checkpoint file, found none at {os.fspath(path)!r}.")
-    with torch.serialization.safe_globals(_NUMPY_NUMBER):
-        loaded = torch.load(path, map_location=device, weights_only=True)
+    loaded = read_torch_file(path, device)
     missing = [key for key in ("optimizer", "model", "ema", "step") if key not in loaded]
     if missing:
         raise ValueError(
@@ -57,11 +56,17 @@ def restore_checkpoint(
     optimizer = loaded["optimizer"]
     for group in optimizer["param_groups"]:
         group.update({key: value.item() for key, value in group.items() if isinstance(value, np.generic)})
-    state["model"].load_state_dict(_with_prefix_of(state["model"], loaded["model"]), strict=True)
+    state["model"].load_state_dict(with_prefix_of(state["model"], loaded["model"]), strict=True)
     state["optimizer"].load_state_dict(optimizer)
     state["ema"].load_state_dict(loaded["ema"])
     state["step"] = int(loaded["step"])
     return state
+
+
+def read_torch_file(path: str | os.PathLike[str], device: torch.device | str) -> Any:
+    """What torch.save wrote, read by ``weights_only``; upstream's numpy number is allowed beside."""
+    with torch.serialization.safe_globals(_NUMPY_NUMBER):
+        return torch.load(path, map_location=device, weights_only=True)
 
 
 # The function that rebuilds a pickled numpy number; numpy < 2 wrote it under its old name.
@@ -74,7 +79,8 @@ _NUMPY_NUMBER: list[Any] = [
 ]
 
 
-def _with_prefix_of(model: torch.nn.Module, weights: dict[str, Any]) -> dict[str, Any]:
+def with_prefix_of(model: torch.nn.Module, weights: dict[str, Any]) -> dict[str, Any]:
+    """The weights with the ``module.`` of DataParallel where ``model`` has it, and without it elsewhere."""
     prefix = "module."
     wanted = all(key.startswith(prefix) for key in model.state_dict())
     bare = {key.removeprefix(prefix): value for key, value in weights.items()}

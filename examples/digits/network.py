@@ -59,6 +59,8 @@ class DigitsNetwork(nn.Module):
 
     frequencies: Tensor
 
+    sample_shape = (1, 8, 8)
+
     def __init__(self, sde: str, width: int = 32) -> None:
         super().__init__()
         if sde not in SDES:

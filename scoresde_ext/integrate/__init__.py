@@ -2,7 +2,8 @@
 
 :func:`solve` is the entrance. ``tableaus`` holds the Runge-Kutta methods as data, ``runge_kutta`` runs them,
 ``multistep`` has the methods that use past evaluations, ``drift`` says what a right-hand side is, ``run`` and
-``results`` keep the books.
+``results`` keep the books. ``refill`` gives the slots of finished samples to
+the next.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 from ..checks import check_state, check_tolerances
 from .drift import Drift, Function, Terms, Time, time_vector
 from .multistep import MULTISTEP, Adaptive, CalibratedGrid, FixedGrid, Flow, grid_tables
+from .refill import Finished, Stream
 from .results import Solution, SolverError, Status
 from .run import Run, padded
 from .runge_kutta import FixedSteps, Joint, PerSample
@@ -27,14 +29,17 @@ __all__ = [
     "MULTISTEP",
     "CalibratedGrid",
     "Drift",
+    "Finished",
     "Solution",
     "SolverError",
     "Status",
+    "Stream",
     "Tableau",
     "Terms",
     "Time",
     "padded",
     "solve",
+    "stream",
     "time_vector",
 ]
 
@@ -109,10 +114,92 @@ def solve(
             handed on as it is.
         SolverError: some samples could not be finished (unless ``on_failure='status'``); ``.solution`` has the others.
     """
+    _check_choice("on_failure", on_failure, ("raise", "status"))
+    run, angle = prepare(
+        f,
+        t_span,
+        y0,
+        method,
+        rtol=rtol,
+        atol=atol,
+        control=control,
+        coordinate=coordinate,
+        order=order,
+        steps=steps,
+        grid=grid,
+        t_eval=t_eval,
+        first_step=first_step,
+        max_steps=max_steps,
+        pi=pi,
+        progress=progress,
+    )
+    return run.solve(on_failure, angle)
+
+
+def stream(
+    f: Callable[..., Any] | Drift,
+    t_span: tuple[float, float],
+    source: Callable[[int, int], Tensor | tuple[Tensor, ...]],
+    count: int,
+    slots: int,
+    method: str | Tableau = "RK45",
+    **options: Any,
+) -> Stream:
+    """The solutions of ``count`` samples under per-sample control, each as soon as it is finished; the next sample
+    takes its slot at once. Iterating gives :class:`Finished` groups.
+
+    What comes out for a sample is what :func:`solve` gives, to the bit, where ``f`` computes each sample by itself.
+
+    Args:
+        f, t_span, method: as in :func:`solve`; an adaptive method.
+        source: ``source(first, stop)``: the initial states of samples ``first`` to ``stop - 1``, asked for in order.
+        count: number of samples.
+        slots: how many are integrated at a time. Towards the end, when half of the slots are empty, they are given up.
+        options: those of the adaptive methods of :func:`solve`, except ``control`` and ``t_eval``.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong; before any evaluation. What ``f`` raises is handed on.
+    """
+    for name, value, least in (("count", count, 0), ("slots", slots, 1)):
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"{name}: expected a whole number from {least} on, got {value!r}.")
+    taken = sorted({"control", "t_eval", "steps", "grid", "on_failure", "progress"} & options.keys())
+    if taken:
+        raise ValueError(f"{taken[0]}: a stream takes an adaptive method with one step size a sample. Leave it out.")
+
+    def begin(first: int, stop: int) -> tuple[Any, Any]:
+        run: Any
+        run, angle = prepare(f, t_span, source(first, stop), method, control="per_sample", **options)
+        run.begin()
+        return run, angle
+
+    return Stream(begin, count, slots)
+
+
+def prepare(
+    f: Callable[..., Any] | Drift,
+    t_span: tuple[float, float],
+    y0: Tensor | tuple[Tensor, ...],
+    method: str | Tableau,
+    *,
+    rtol: float = 1e-5,
+    atol: float = 1e-5,
+    control: str = "joint",
+    coordinate: str = "t",
+    order: int = 3,
+    steps: int | None = None,
+    grid: Sequence[float] | CalibratedGrid | None = None,
+    t_eval: Sequence[float] | None = None,
+    first_step: float | None = None,
+    max_steps: int = 10_000,
+    pi: bool = False,
+    progress: bool = False,
+) -> tuple[Run, Any]:
+    """The run that :func:`solve` asks for, and the flow in the angle where that is its coordinate."""
     packed = isinstance(y0, tuple)
     ys = y0 if isinstance(y0, tuple) else (y0,)
     _check_problem(f, t_span, ys)
-    _check_choices(control, coordinate, on_failure, max_steps)
+    _check_choices(control, coordinate, max_steps)
     if steps is not None and grid is not None:
         raise ValueError("steps, grid: expected one of them, got both.")
     fixed = steps is not None or grid is not None
@@ -144,7 +231,7 @@ def solve(
             run = Adaptive(order, rtol, atol, first_step, per_sample, flow, *problem, wanted, progress)
         else:
             raise ValueError(f"steps: expected a number of steps, or a grid, for the fixed-step method {method!r}.")
-        return run.solve(on_failure)
+        return run, None
 
     tableau = _method(method)
     if wanted and not tableau.dense and tableau.order > 4:
@@ -169,7 +256,7 @@ def solve(
         _check_first_step(first_step, abs(span[1] - span[0]))
         kind = PerSample if per_sample else Joint
         run = kind(tableau, rtol, atol, first_step, pi, drift, *problem, wanted, progress)
-    return run.solve(on_failure, angle)
+    return run, angle
 
 
 def _method(method: str | Tableau) -> Tableau:
@@ -195,14 +282,14 @@ def _check_problem(f: Any, t_span: tuple[float, float], ys: tuple[Tensor, ...]) 
             raise ValueError("y0: expected parts of one batch size, dtype and device.")
 
 
-def _check_choices(control: str, coordinate: str, on_failure: str, max_steps: int) -> None:
-    for name, value, choices in (
-        ("control", control, CONTROLS),
-        ("coordinate", coordinate, COORDINATES),
-        ("on_failure", on_failure, ("raise", "status")),
-    ):
-        if value not in choices:
-            raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}.")
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}.")
+
+
+def _check_choices(control: str, coordinate: str, max_steps: int) -> None:
+    _check_choice("control", control, CONTROLS)
+    _check_choice("coordinate", coordinate, COORDINATES)
     if not isinstance(max_steps, int) or max_steps < 1:
         raise ValueError(f"max_steps: expected a number of steps from 1 on, got {max_steps!r}.")
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -97,6 +97,8 @@ def midpoint_weights(l0: Tensor, l1: Tensor, nodes: Tensor) -> Tensor:
 
 class Point:
     """What a step needs to know of one end: the log-SNR l, the angle, m, s, and D = a x + b out; each ``(R,)``."""
+
+    ROWS: ClassVar[dict[str, int]] = dict.fromkeys(("l", "angle", "m", "s", "a", "b"), 0)
 
     def __init__(self, m: Tensor, s: Tensor, k: Tensor) -> None:
         self.l, self.angle = padded(lambda ratio: (-torch.log(ratio), torch.atan(2.0 * ratio)), s / m)
@@ -193,6 +195,10 @@ class Adaptive(Run):
     ``R`` rows of numbers: one for the batch, or one a sample. Each keeps its last ``order`` values of D in slots, in no
     order: the weights of a polynomial through nodes do not ask for one.
     """
+
+    ROWS = Run.ROWS | dict.fromkeys(
+        ("x", "t", "here", "last", "sign", "values", "taken", "h", "rejected", "overflow", "spoilt", "attempts"), 0
+    ) | {"nodes": 1, "norm_before": 0}  # fmt: skip
 
     def __init__(
         self, order: int, rtol: float, atol: float, first_step: float | None, per_sample: bool, flow: Flow, *args: Any

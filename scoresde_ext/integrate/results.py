@@ -24,7 +24,7 @@ class Status(enum.IntEnum):
 
 RUNNING = -1
 
-_REASONS = {
+REASONS = {
     Status.NOT_FINITE: "NaN or Inf; the network or the data are at fault, or the state is too large",
     Status.STEP_SIZE: "the step size fell below the spacing of the numbers",
     Status.MAX_STEPS: "max_steps = {max_steps} attempted steps did not reach the end",
@@ -87,7 +87,7 @@ def describe(
     if not bool(status.any()):
         return "reached the end of the interval"
     parts = []
-    for kind, reason in _REASONS.items():
+    for kind, reason in REASONS.items():
         rows = torch.nonzero(status == kind).flatten().tolist()
         if rows:
             times = [f"{t[row].item():.6g}" for row in rows]

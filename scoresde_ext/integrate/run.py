@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,11 @@ class Raised(Exception):
 class Run:
     """One call of :func:`solve`. A sample runs until it has reached the end or failed; a failed one keeps its slot,
     which is computed and not looked at."""
+
+    # What a sample takes along when it moves to another slot, with the axis of the samples: see refill.py.
+    ROWS: ClassVar[dict[str, int]] = dict.fromkeys(
+        ("status", "reached", "evaluations", "n_accepted", "n_rejected", "ys"), 0
+    )
 
     def __init__(
         self,

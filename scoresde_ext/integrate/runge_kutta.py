@@ -296,57 +296,69 @@ class PerSample(RungeKutta):
         self.exponent = -1.0 / (tableau.error_order + 1)
         self.size = sum(math.prod(y.shape[1:]) for y in self.ys)
 
+    ROWS = Run.ROWS | dict.fromkeys(("t", "first", "h", "rejected", "previous_norm", "overflow"), 0)
+
     def integrate(self) -> None:
-        t = self.reached
-        slopes = self.slopes(t, self.ys)
+        self.begin()
+        while self.step():
+            pass
+
+    def begin(self) -> None:
+        """The slopes at the start, and the first step sizes."""
+        self.t = t = self.reached
+        self.first = self.slopes(t, self.ys)
         self.evaluations += 1
-        h = torch.full_like(t, self.given_step) if self.given_step is not None else self.choose_first_step(t, slopes)
-        self.first_step = float(h.min()) if len(h) else 0.0
-        rejected = torch.zeros_like(t, dtype=torch.bool)
-        previous_norm = torch.ones_like(t)
-        overflow = torch.zeros_like(rejected)
-        while bool(self.running.any()):
-            smallest = 10 * (torch.nextafter(t, torch.full_like(t, self.direction * math.inf)) - t).abs()
-            h = torch.where(rejected, h, torch.maximum(h, smallest))
-            self.end_as(overflow & (h < smallest), Status.NOT_FINITE)
-            self.end_as(h < smallest, Status.STEP_SIZE)
-            self.end_as(self.n_accepted + self.n_rejected >= self.max_steps, Status.MAX_STEPS)
-            running = self.running
-            if not bool(running.any()):
-                break
-            t_new = t + self.direction * h
-            t_new = torch.where(self.direction * (t_new - self.end) > 0, self.end, t_new)
-            t_new = torch.where(running, t_new, t)  # a sample that is done stays where it is
-            h = torch.where(running, (t_new - t).abs(), h)
-            new, ks = self.attempt(t, t_new, slopes)
-            norm = self.error_norm([self.squares(new, ks, e, t_new - t) for e in self.tableau.errors], self.size)
-            exponent = 0.7 * self.exponent if self.pi else self.exponent
-            decision = ops.rk_control(norm, h, rejected, exponent)
-            accepted = (decision[0] > 0) & running
-            overflow = ~norm.isfinite() & running
-            if bool(overflow.any()):
-                self.end_as(overflow & nan_alone([*new, *(k for part in ks for k in part)]), Status.NOT_FINITE)
-            self.evaluations += running * len(self.tableau.b)
-            self.n_accepted += accepted
-            self.n_rejected += running & ~accepted
-            self.step_sizes.append(torch.where(running, h, math.nan))
-            self.error_norms.append(torch.where(running, norm, math.nan))
-            if self.dense is not None:
-                self.record(t, t_new, accepted, new, ks)
-            h_next = decision[1]
-            if self.pi:
-                (damping,) = padded(lambda norm: (norm ** (-0.4 * self.exponent),), previous_norm)
-                growth = (h_next / h * damping).clamp(max=10.0)
-                h_next = torch.where(accepted, h * torch.where(rejected, growth.clamp(max=1.0), growth), h_next)
-                previous_norm = torch.where(accepted, norm.clamp(min=1e-4), previous_norm)
-            self.ys = tuple(torch.where(column(accepted, y), y1, y) for y, y1 in zip(self.ys, new, strict=True))
-            slopes = tuple(torch.where(column(accepted, k0), k[-1], k0) for k0, k in zip(slopes, ks, strict=True))
-            t = torch.where(accepted, t_new, t)
-            h, rejected = torch.where(running, h_next, h), running & ~accepted
-            self.reached = t
-            self.times.append(t)
-            self.end_as(t == self.end, Status.SUCCESS)
-            self.show(1.0 - float(self.running.double().mean()))
+        given = self.given_step
+        self.h = torch.full_like(t, given) if given is not None else self.choose_first_step(t, self.first)
+        self.first_step = float(self.h.min()) if len(t) else 0.0
+        self.rejected = torch.zeros_like(t, dtype=torch.bool)
+        self.previous_norm = torch.ones_like(t)
+        self.overflow = torch.zeros_like(self.rejected)
+
+    def step(self) -> bool:
+        """One attempted step of every sample that runs; False where none can."""
+        t, rejected = self.t, self.rejected
+        smallest = 10 * (torch.nextafter(t, torch.full_like(t, self.direction * math.inf)) - t).abs()
+        h = torch.where(rejected, self.h, torch.maximum(self.h, smallest))
+        self.end_as(self.overflow & (h < smallest), Status.NOT_FINITE)
+        self.end_as(h < smallest, Status.STEP_SIZE)
+        self.end_as(self.n_accepted + self.n_rejected >= self.max_steps, Status.MAX_STEPS)
+        running = self.running
+        if not bool(running.any()):
+            return False
+        t_new = t + self.direction * h
+        t_new = torch.where(self.direction * (t_new - self.end) > 0, self.end, t_new)
+        t_new = torch.where(running, t_new, t)  # a sample that is done stays where it is
+        h = torch.where(running, (t_new - t).abs(), h)
+        new, ks = self.attempt(t, t_new, self.first)
+        norm = self.error_norm([self.squares(new, ks, e, t_new - t) for e in self.tableau.errors], self.size)
+        exponent = 0.7 * self.exponent if self.pi else self.exponent
+        decision = ops.rk_control(norm, h, rejected, exponent)
+        accepted = (decision[0] > 0) & running
+        self.overflow = ~norm.isfinite() & running
+        if bool(self.overflow.any()):
+            self.end_as(self.overflow & nan_alone([*new, *(k for part in ks for k in part)]), Status.NOT_FINITE)
+        self.evaluations += running * len(self.tableau.b)
+        self.n_accepted += accepted
+        self.n_rejected += running & ~accepted
+        self.step_sizes.append(torch.where(running, h, math.nan))
+        self.error_norms.append(torch.where(running, norm, math.nan))
+        if self.dense is not None:
+            self.record(t, t_new, accepted, new, ks)
+        h_next = decision[1]
+        if self.pi:
+            (damping,) = padded(lambda norm: (norm ** (-0.4 * self.exponent),), self.previous_norm)
+            growth = (h_next / h * damping).clamp(max=10.0)
+            h_next = torch.where(accepted, h * torch.where(rejected, growth.clamp(max=1.0), growth), h_next)
+            self.previous_norm = torch.where(accepted, norm.clamp(min=1e-4), self.previous_norm)
+        self.ys = tuple(torch.where(column(accepted, y), y1, y) for y, y1 in zip(self.ys, new, strict=True))
+        self.first = tuple(torch.where(column(accepted, k0), k[-1], k0) for k0, k in zip(self.first, ks, strict=True))
+        self.t = self.reached = torch.where(accepted, t_new, t)
+        self.h, self.rejected = torch.where(running, h_next, h), running & ~accepted
+        self.times.append(self.t)
+        self.end_as(self.t == self.end, Status.SUCCESS)
+        self.show(1.0 - float(self.running.double().mean()))
+        return True
 
     def choose_first_step(self, t: Tensor, slopes: State) -> Tensor:
         """scipy's rule for every sample; one evaluation. Python's floats: the few numbers are taken one by one, so that
