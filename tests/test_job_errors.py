@@ -231,7 +231,7 @@ def test_likelihood_and_calibrate(tmp_path: Path, capsys: Any) -> None:
     refused(capsys, ["likelihood", *problem, *out, "--data", "nowhere.npz"], "data: cannot read nowhere.npz")
     refused(capsys, ["likelihood", *problem, *out, "--data", str(tmp_path / "data.npz")], "data: expected samples in")
     refused(capsys, ["likelihood", *problem, *out, "--data", str(tmp_path / "data.npy")], "got NaN or Inf")
-    refused(capsys, ["calibrate", *problem, "--nfe", "3", *out], "nfe: expected a whole number from 5 on")
+    refused(capsys, ["calibrate", *problem, "--nfe", "0", *out], "nfe: expected a whole number from 1 on")
     refused(capsys, ["calibrate", *problem, "--nfe", "5", "--order", "5", *out], "order: expected 1, 2, 3 or 4")
     refused(capsys, ["calibrate", *problem, "--nfe", "5", "--out", str(tmp_path)], "out: cannot write to")
     assert not (tmp_path / "out.npz").exists()

@@ -20,7 +20,7 @@ from .settings import Calibrate, Likelihood, Problem, Refused, Sample, flag, rea
 
 SETTINGS: dict[str, tuple[type[Problem], str]] = {
     "sample": (Sample, "draw samples into a folder; continues where it was stopped"),
-    "calibrate": (Calibrate, "find the times of fixed steps for a network"),
+    "calibrate": (Calibrate, "fit fixed steps to a network"),
     "likelihood": (Likelihood, "likelihoods of data under a network"),
 }
 

@@ -148,7 +148,7 @@ class Sample(Problem):
     )
     sampler: str = option("unipc", word(SAMPLERS), ", ".join(SAMPLERS), "NAME")
     nfe: int | None = option(None, whole(1), "evaluations of the network a sample: fixed steps")
-    grid: str | None = option(None, text, "fixed steps at the times that `scoresde calibrate` found", "FILE")
+    grid: str | None = option(None, text, "the fixed steps that `scoresde calibrate` found", "FILE")
     order: int | None = option(None, whole(1), "of unipc (3) and of the SDE samplers (2)")
     rtol: float | None = option(None, number(least=0.0), "tolerance of adaptive steps", "X")
     atol: float | None = option(None, number(least=0.0), "tolerance of adaptive steps", "X")
@@ -187,11 +187,14 @@ class Sample(Problem):
 
 @dataclass(frozen=True)
 class Calibrate(Problem):
-    """A search for the times of fixed steps."""
+    """Fixed steps for a network."""
 
-    nfe: int = option(0, whole(5), "evaluations of the network a sample", needed=True)
-    order: int = option(4, whole(1), "of unipc")
+    nfe: int = option(0, whole(1), "evaluations of the network a sample", needed=True)
+    order: int = option(3, whole(1), "of unipc")
     samples: int = option(64, whole(2), "samples to calibrate with")
+    coefficients: str = option(
+        "auto", word(("auto", "theory", "fitted")), "of the steps: fitted to the samples, or theory's", "KIND"
+    )
 
 
 @dataclass(frozen=True)
