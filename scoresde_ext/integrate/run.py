@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .. import ops
+from .. import graphs, ops
 from .drift import Drift, Terms, Time
 from .results import RUNNING, Solution, SolverError, Status, describe
 
@@ -24,6 +24,8 @@ class Raised(Exception):
 class Run:
     """One call of :func:`solve`. A sample runs until it has reached the end or failed; a failed one keeps its slot,
     which is computed and not looked at."""
+
+    plan = graphs.Plan()
 
     def __init__(
         self,
@@ -123,6 +125,7 @@ class Run:
             error_norms=_log(self.error_norms, self.reached),
             first_step=self.first_step,
             ys=None if dense is None else (dense if self.packed else dense[0]),
+            graph=self.plan.choice,
         )
 
     def solve(self, on_failure: str, angle: Any = None) -> Solution:
