@@ -18,7 +18,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -277,6 +277,7 @@ class Captured:
 
 
 def _first_line(error: BaseException) -> str:
+    error = error.__cause__ or error  # what the network raised
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
@@ -313,7 +314,7 @@ def fingerprint(network: Any) -> Hashable | None:
     devices = {p.device.type for p in network.parameters()}
     settings = [(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in sorted(devices) if d != "meta"]
     return (
-        *((*_plain(vars(m)), id(m), *(t and (t.data_ptr(), t.dtype) for t in _memory(m))) for m in network.modules()),
+        *((id(m), *_plain(vars(m)), *((t.data_ptr(), t.dtype) for t in _memory(m))) for m in network.modules()),
         *settings,
         torch.get_float32_matmul_precision(),
         torch.backends.cudnn.allow_tf32,
@@ -321,9 +322,8 @@ def fingerprint(network: Any) -> Hashable | None:
     )
 
 
-def _memory(module: nn.Module) -> Iterator[Tensor | None]:
-    yield from module._parameters.values()
-    yield from module._buffers.values()
+def _memory(module: nn.Module) -> Iterator[Tensor]:
+    return (t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None)
 
 
 def _plain(attributes: dict[str, Any]) -> Iterator[Hashable]:
@@ -352,7 +352,6 @@ class Plan:
 
     Args:
         asked: one of :data:`MODES`.
-        network: what its loops call, for the message.
         cache: where captured loops are kept; None: they are not, and are made only where asked for by name.
         key: what the loops depend on, beside the shapes of their state; None: no one knows.
     """
@@ -361,21 +360,22 @@ class Plan:
         self.asked, self.cache, self.key = asked, cache, key
         self.choice = Choice("off", "asked for") if asked == "off" else ON_CPU
 
-    def run(self, loop: Loop, device: torch.device, kind: Hashable, known_length: bool = False) -> None:
-        """Steps until ``going`` is 0; one step where the length is known, which is then the whole loop."""
+    def run(self, loop: Loop, device: torch.device, kind: Hashable, steps: Iterable[Any] | None = None) -> None:
+        """Steps until ``going`` is 0, or one for each of ``steps`` where their number is known before. ``kind``: what
+        one sampler's loops differ in, beside shapes."""
         backend = backend_of(device)
         if backend is None:
-            _call(loop, known_length)
+            _until_done_here(loop) if steps is None else _as_often(loop.step, steps)
             return
-        self.choice = self._choose(backend, known_length)
+        self.choice = self._choose(backend, steps is not None)
         captured = None if self.choice.mode == "off" else self._captured(loop, backend, kind)
         if captured is None:
             launch: Callable[[], None] = loop.step
         else:
             captured.load(state_of(loop))
             launch = self._launcher(captured)
-        if known_length:
-            launch()
+        if steps is not None:
+            _as_often(launch, steps)
         else:
             flag = (lambda: loop.going) if captured is None else (lambda: captured.flag)
             _until_done(launch, backend.watch(), flag, ahead=self.choice.mode != "while")
@@ -392,7 +392,7 @@ class Plan:
                 "captures one all the same",
             )
         if known_length:
-            return Choice("replay", "the number of steps is known: all of them are one graph")
+            return Choice("replay", "the number of steps is known: nothing has to be asked")
         missing = backend.loops_missing()
         if missing:
             if self.asked == "while":
@@ -423,10 +423,12 @@ class Plan:
         return captured.launch_loop
 
 
-def _call(loop: Loop, known_length: bool) -> None:
-    if known_length:
-        loop.step()
-        return
+def _as_often(step: Callable[[], None], steps: Iterable[Any]) -> None:
+    for _ in steps:
+        step()
+
+
+def _until_done_here(loop: Loop) -> None:
     while bool(loop.going):
         loop.step()
 
@@ -445,3 +447,9 @@ def _until_done(launch: Callable[[], None], watch: Watch, flag: Callable[[], Any
             if not watch.answer():
                 return
             ahead = ahead and time.perf_counter() - since < LONG
+
+
+def plan(asked: str, cache: Cache, network: Any, device: torch.device) -> Plan:
+    """The plan of a sampler for one call."""
+    needs_key = asked != "off" and backend_of(device) is not None
+    return Plan(asked, cache, fingerprint(network) if needs_key else None)

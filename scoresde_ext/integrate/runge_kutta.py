@@ -315,7 +315,7 @@ class PerSample(Stepping, RungeKutta):
         self.h = torch.full_like(self.t, given) if given is not None else self.choose_first_step(self.t, self.slope)
         self.first_step = float(self.h.min()) if len(self.h) else 0.0
         self.target, self.previous_norm = self.t, torch.ones_like(self.t)
-        self.give_up(self.running)
+        self.give_up(self.on_their_way())
 
     def smallest(self) -> Tensor:
         """Steps below this are lost in the spacing of the times."""

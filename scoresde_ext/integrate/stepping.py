@@ -32,7 +32,7 @@ class OnGrid(Run):
         raise NotImplementedError
 
     def drive(self) -> None:
-        self.plan.run(self, self.reached.device, (type(self).__name__, tuple(self.grid)), known_length=True)
+        self.plan.run(self, self.reached.device, (type(self).__name__, tuple(self.grid)), steps=range(1))
         if self.plan.choice.mode != "off":
             self.nfe = self.evaluations_a_step * (len(self.grid) - 1)
             self.times, self.step_sizes = list(self.grid), [abs(b - a) for a, b in itertools.pairwise(self.grid)]
