@@ -15,6 +15,7 @@ linear combination of arrays: a step is one kernel and a matrix.
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -54,8 +55,12 @@ class CalibratedGrid(Protocol):
 
 # ---- coefficients ----
 
-_NODES, _WEIGHTS = (torch.from_numpy(v) for v in np.polynomial.legendre.leggauss(32))
-_NODES, _WEIGHTS = 0.5 * (_NODES + 1.0), 0.5 * _WEIGHTS  # on [0, 1]; exact to rounding for every h that occurs
+
+@functools.cache
+def quadrature(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Nodes and weights on [0, 1], ``(32, 1)``: exact to rounding for every h that occurs. Moved to a device once."""
+    nodes, weights = (torch.from_numpy(v)[:, None] for v in np.polynomial.legendre.leggauss(32))
+    return (0.5 * (nodes + 1.0)).to(device), (0.5 * weights).to(device)
 
 
 def angle_at(log_snr: Tensor) -> Tensor:
@@ -68,7 +73,7 @@ def integral_weights(l0: Tensor, l1: Tensor, nodes: Tensor, valid: Tensor | None
     angle through the values D_j at ``nodes`` ``(K, R)``, those that are ``valid``; ``l0`` and ``l1`` are log-SNR
     ``(R,)``. All float64."""
     h = l1 - l0
-    u, weight = _NODES.to(h.device)[:, None], _WEIGHTS.to(h.device)[:, None]
+    u, weight = quadrature(h.device)
     angle = angle_at(l0 + u * h)
     damped = weight * torch.exp((u - 1.0) * h) * h
     result = []
