@@ -19,6 +19,7 @@ import time
 import warnings
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -223,8 +224,9 @@ class Captured:
         self.loop, self.backend = loop, backend
         self.memory = [t.clone() for t in state_of(loop)]
         try:
-            self._rehearse()
-            self.graph = self._capture()
+            with _no_autocast_cache():
+                self._rehearse()
+                self.graph = self._capture()
         finally:
             set_state(loop, self.memory)
         self.flag: Tensor | None = getattr(loop, "going", None)
@@ -274,6 +276,18 @@ class Captured:
     def unload(self, loop: Loop) -> None:
         """The state as it is now becomes that of ``loop``."""
         set_state(loop, [t.clone() for t in self.memory])
+
+
+@contextmanager
+def _no_autocast_cache() -> Iterator[None]:
+    """Weights that autocast has cast are kept until its context ends: a graph would read them after that."""
+    enabled = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    torch.clear_autocast_cache()
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(enabled)
 
 
 def _first_line(error: BaseException) -> str:

@@ -302,6 +302,20 @@ def test_captures_are_kept_while_they_are_right(device: FakeDevice) -> None:
     assert len(device.captures) == 5
 
 
+def test_captures_under_autocast(device: FakeDevice) -> None:
+    """A capture reads the weights themselves, not what autocast keeps of them until its context ends."""
+    net, sampler = Net(), make(rtol=0.1, atol=0.1)
+    for scale in (1.0, 0.5):
+        net.linear.weight.data.mul_(scale)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = sampler.solve(net, z())
+        with torch.autocast("cpu", torch.bfloat16):
+            assert_same(found, make("off", rtol=0.1, atol=0.1).solve(net, z()))
+    assert len(device.captures) == 1
+    assert_same(sampler.solve(net, z()), make("off", rtol=0.1, atol=0.1).solve(net, z()))
+    assert len(device.captures) == 2
+
+
 def test_captures_are_released_with_their_sampler(device: FakeDevice) -> None:
     net, sampler = Net(), make()
     sampler.solve(net, z())
