@@ -34,7 +34,7 @@ MOST_REGISTERS = {
     "condition_kernel": 32,
 }
 MOST_REGISTERS_OF_VECTOR = 48  # where numbers of at most four bytes are read in words of 16: what large arrays run on
-MOST_REGISTERS_OF_CHANNELS_LAST = 96  # where every element makes a block of random words: bound by arithmetic
+MOST_REGISTERS_OF_CHANNELS_LAST = 104  # where every element makes a block of random words: bound by arithmetic
 
 # Arrays that the vector version of a kernel reads and writes.
 ARRAYS = {
@@ -133,6 +133,7 @@ def test_arrays_are_read_and_written_in_words_of_16_bytes(outputs: dict[str, str
     assert {kernel.name for kernel, _ in vector} == set(ARRAYS)
     for kernel, code in vector:
         reads, writes = ARRAYS[kernel.name]
+        reads = tuple(name for name in reads if name != "z" or not kernel.channels_last)  # there z is generated
         words = r"\.global(\.\w+)*\.(v4\.[fub]32|v2\.[fub]64|b128)\s"
         assert len(re.findall("ld" + words, code)) >= len(reads), kernel
         assert len(re.findall("st" + words, code)) >= len(writes), kernel
