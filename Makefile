@@ -12,17 +12,20 @@ ARGS ?=
 export MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test lint format build clean
+.PHONY: help demo test gpu-check lint format build clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
 
 demo: $(EXTENSION) ## draw 256 digits: out/digits.png, out/digits.npz, and the figures
 	$(RUN) examples/digits/draw.py
 
 test: $(EXTENSION) ## run the test suite (ARGS="-k loss" passes arguments to pytest)
 	$(RUN) -m pytest -n 2 $(ARGS)
+
+gpu-check: ## on a GPU: build, test, sanitize and measure, with the Python that has a CUDA torch (ARGS=--rehearse: on a CPU)
+	$(PYTHON) -m benchmarks.gpu_check $(ARGS)
 
 lint: $(DEPENDENCIES) ## check style and types: ruff, clang-format, mypy
 	$(RUN) -m ruff check .

@@ -1,5 +1,6 @@
 """Benchmarks of scoresde_ext against what people use in its place.
 
-``python -m benchmarks.solvers`` compares ODE solvers by the evaluations they need for an error. The competitors' own
-formulas are in ``benchmarks.baselines``; results are in ``benchmarks/results``.
+``python -m benchmarks.solvers`` compares ODE solvers by the evaluations they need for an error; ``python -m
+benchmarks.gpu_check`` tests and measures everything on a GPU. The competitors' own formulas are in
+``benchmarks.baselines``; results are in ``benchmarks/results``.
 """

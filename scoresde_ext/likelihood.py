@@ -167,6 +167,7 @@ def get_likelihood_fn(
         "max_steps": max_steps,
         "on_failure": on_failure,
         "progress": progress,
+        "graph": "off",  # the divergence is differentiated at each evaluation
     }
     return Likelihood(sde, inverse_scaler, hutchinson_type, method, eps, epsilons, units, levels, seeds, options)
 

@@ -145,13 +145,13 @@ def get_smld_loss_fn(vesde: VESDE, train: bool, reduce_mean: bool = False) -> Lo
     Song et al. 2021, eq. 1). Batch, result and errors as in :func:`get_sde_loss_fn`; AssertionError for another SDE."""
     if not isinstance(vesde, VESDE):
         raise AssertionError(f"vesde: SMLD training works for VESDE alone, got {type(vesde).__name__}.")
-    sigmas_descending = torch.flip(vesde.discrete_sigmas, dims=(0,))
 
     def loss_fn(model: Any, batch: Tensor) -> Tensor:
         _check_batch(batch)
         mutils.ensure_mode(model, train)
-        labels = noise.integers(vesde.N, batch.new_empty(len(batch)))
-        sigmas = sigmas_descending.to(batch.device, ops.compute_dtype(batch))[labels]
+        like = batch.new_empty(len(batch), dtype=ops.compute_dtype(batch))
+        labels = noise.integers(vesde.N, like)
+        sigmas = vesde.table("discrete_sigmas", like)[vesde.N - 1 - labels]  # label 0 is the largest
         draw = noise.normal(batch)
         out = mutils.CheckedNetwork(model)(ops.perturb(batch, 1.0, sigmas, draw), labels)
         # (score + z / sigma)^2 sigma^2
@@ -170,10 +170,9 @@ def get_ddpm_loss_fn(vpsde: VPSDE, train: bool, reduce_mean: bool = True) -> Los
     def loss_fn(model: Any, batch: Tensor) -> Tensor:
         _check_batch(batch)
         mutils.ensure_mode(model, train)
-        labels = noise.integers(vpsde.N, batch.new_empty(len(batch)))
-        dtype = ops.compute_dtype(batch)
-        m = vpsde.sqrt_alphas_cumprod.to(batch.device, dtype)[labels]
-        std = vpsde.sqrt_1m_alphas_cumprod.to(batch.device, dtype)[labels]
+        like = batch.new_empty(len(batch), dtype=ops.compute_dtype(batch))
+        labels = noise.integers(vpsde.N, like)
+        m, std = (vpsde.table(name, like)[labels] for name in ("sqrt_alphas_cumprod", "sqrt_1m_alphas_cumprod"))
         draw = noise.normal(batch)
         out = mutils.CheckedNetwork(model)(ops.perturb(batch, m, std, draw), labels)
         # (out - z)^2

@@ -82,10 +82,13 @@ class _Streams:
         self.key, self.ids = key, ids
         self.one_draw = torch.tensor([0, 1], device=key.device)
 
+    def move(self, device: torch.device) -> None:
+        self.key, self.one_draw = self.key.to(device), self.one_draw.to(device)
+        self.ids = None if self.ids is None else self.ids.to(device)
+
     def _next(self, like: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.key.device != like.device:
-            self.key, self.one_draw = self.key.to(like.device), self.one_draw.to(like.device)
-            self.ids = None if self.ids is None else self.ids.to(like.device)
+            self.move(like.device)
         if self.ids is not None and len(self.ids) != len(like):
             raise ValueError(f"ids: expected one stream id a sample, {len(like)}, got {len(self.ids)}.")
         # The count is part of the key, a tensor: as a number it would be a constant of a compiled or captured graph.
@@ -246,6 +249,16 @@ def run(device: torch.device | str) -> AbstractContextManager[None]:
     if isinstance(_in_force.source, _Generator):
         return _as_source(_Streams(_new_key(torch.device(device)), None))
     return nullcontext()
+
+
+def streams_in_force(device: torch.device) -> Any:
+    """What a loop within :func:`run` or :func:`seeds` draws from, moved to the device: part of the loop's state. None
+    under ``replay``, whose draws are not made but looked up."""
+    source = _in_force.source
+    if not isinstance(source, _Streams):
+        return None
+    source.move(device)
+    return source
 
 
 def normal(like: Tensor) -> Draw:

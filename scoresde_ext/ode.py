@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import integrate, noise, ops
+from . import graphs, integrate, noise, ops
 from .checks import bad_rows, check_eps, check_latent, check_shape, check_tolerances, name_rows
 from .flow import ProbabilityFlow
 from .integrate import Finished, Solution, SolverError, Status, Stream, time_vector
@@ -45,6 +45,7 @@ def get_ode_sampler(
     max_steps: int = 10_000,
     on_failure: str = "raise",
     progress: bool = False,
+    graph: str = "auto",
 ) -> OdeSampler:
     """``sampler(model, z=None)`` -> ``(samples, nfe)``: the probability-flow ODE from T to eps (Song et al. 2021,
     section 4.3, eq. 13). ``sampler.solve(model, z=None)`` -> the :class:`integrate.Solution`, ``y`` being the samples.
@@ -64,6 +65,9 @@ def get_ode_sampler(
         seeds: None: torch's generator; an integer: sample b of the prior is stream b of this seed; ``(seed, ids)``:
             stream ``ids[b]``.
         progress: a progress bar on a terminal.
+        graph: on a GPU, how the loop over the steps is run, as in :func:`integrate.solve`; but ``auto`` captures a step
+            where the network is a module, and keeps it for the next call. A captured network is run as it was at its
+            capture: what it reads besides parameters, buffers and plain attributes must not change.
 
     ``z`` is the state at T, ``(B, *)``, float32 or float64 and kept so; None draws it from the prior.
 
@@ -75,6 +79,7 @@ def get_ode_sampler(
     check_eps(eps, sde.T)
     check_tolerances(rtol, atol)
     noise.seeded(seeds, shape[0])  # wrong seeds are refused now
+    graphs.check(graph, device)
     options = {
         "rtol": rtol,
         "atol": atol,
@@ -86,6 +91,7 @@ def get_ode_sampler(
         "max_steps": max_steps,
         "on_failure": on_failure,
         "progress": progress,
+        "graph": graph,
     }
     return OdeSampler(sde, shape, inverse_scaler, denoise, method, eps, device, seeds, options)
 
@@ -107,6 +113,7 @@ class OdeSampler:
     ) -> None:
         self.sde, self.shape, self.inverse_scaler, self.denoise = sde, shape, inverse_scaler, denoise
         self.method, self.eps, self.device, self.seeds, self.options = method, eps, device, seeds, options
+        self.cache = graphs.Cache()
 
     def __call__(self, model: Any, z: Tensor | None = None) -> tuple[Tensor, int]:
         solution = self._run(model, z)
@@ -151,7 +158,8 @@ class OdeSampler:
         flow, span = ProbabilityFlow(self.sde, score_fn), (self.sde.T, self.eps)
         cause: BaseException | None = None
         try:
-            solution = solve_ode(flow, span, (z,), self.method, **self.options)
+            plan = graphs.plan(self.options["graph"], self.cache, model, z.device)
+            solution = solve_ode(flow, span, (z,), self.method, **(self.options | {"graph": plan}))
         except SolverError as error:
             if error.solution is None:  # scipy's
                 raise
@@ -246,6 +254,7 @@ def solve_ode(
     atol: float,
     on_failure: str = "raise",
     progress: bool = False,
+    graph: str | graphs.Plan = "auto",
     **options: Any,
 ) -> Solution:
     """Our integrator for the methods it has, scipy for the others."""
@@ -253,9 +262,12 @@ def solve_ode(
         rtol, atol = _held_tolerances(flow, rtol, atol, ys[0].device, ys[0].dtype)
     if isinstance(method, integrate.Tableau) or method in integrate.METHODS or method in integrate.MULTISTEP:
         return integrate.solve(
-            flow, t_span, ys, method, rtol=rtol, atol=atol, on_failure=on_failure, progress=progress, **options
-        )
+            flow, t_span, ys, method, rtol=rtol, atol=atol, on_failure=on_failure, progress=progress, graph=graph,
+            **options,
+        )  # fmt: skip
     options["on_failure"] = on_failure
+    if (graph_asked := graph.asked if isinstance(graph, graphs.Plan) else graph) in ("while", "replay"):
+        options["graph"] = graph_asked
     asked = sorted(name for name, value in options.items() if value != _DEFAULTS.get(name))
     if asked:
         raise ValueError(f"{asked[0]}: method {method!r} is scipy's and does not know it.")

@@ -81,7 +81,13 @@ def _matrix(c: Any, n_terms: int, x: Tensor) -> Tensor:
     """Coefficients of ``n_terms`` arrays as a tensor ``(M, n_terms)`` or ``(M, n_terms, B)``."""
     if not isinstance(c, Tensor):
         try:
-            c = torch.tensor(c, dtype=compute_dtype(x)).to(x.device, non_blocking=True)
+            c = torch.tensor(c, dtype=compute_dtype(x))
+            if (
+                x.is_cuda
+            ):  # by kernels: a copy would wait for the device, and read our memory at every replay of a graph
+                values = [torch.full((1,), v, dtype=c.dtype, device=x.device) for v in c.flatten().tolist()]
+                c = torch.cat(values).reshape(c.shape)
+            c = c.to(x.device)
         except (TypeError, ValueError, RuntimeError):
             raise TypeError(
                 f"coefficients: expected a tensor or a nested sequence of numbers, (M, {n_terms}), got {c!r:.80}."

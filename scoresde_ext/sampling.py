@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from . import noise
+from . import graphs, noise
 from .checks import bad_rows, check_corrector, check_eps, check_shape, name_rows
 from .grids import Grid, calibrate_grid
 from .integrate import SolverError, time_vector
@@ -104,6 +104,11 @@ class Visit(NamedTuple):
     t: Tensor
     predict: Callable[[Tensor], tuple[Tensor, Tensor]]
     after: Tensor
+
+    def __call__(self, loop: PCLoop, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The corrector's steps and the predictor's: ``(x, x_mean)``."""
+        x, _ = loop.correct(x, self.t)
+        return self.predict(x)
 
 
 class PCLoop:
@@ -215,7 +220,8 @@ def get_pc_sampler(
     grid: Sequence[float] | Tensor | None = None,
     on_failure: str = "raise",
     progress: bool = False,
-) -> Callable[[Any], tuple[Tensor, int]]:
+    graph: str = "auto",
+) -> PcSampler:
     """``sampler(model)`` -> ``(samples, N (n_steps + 1))``: predictor-corrector sampling (Song et al. 2021, algorithm
     1).
 
@@ -238,6 +244,10 @@ def get_pc_sampler(
             next by the SDE's own transition, and from eps to the data (where N equal steps end with one of T/N).
         on_failure: ``raise`` a SolverError, or ``status``: return the samples with NaN or Inf as they are.
         progress: a progress bar on a terminal.
+        graph: on a GPU, ``replay`` captures a step as a CUDA graph (all steps, where there is a grid) and launches it
+            again and again; so do ``while``, and ``auto`` for a network that is a module. ``off`` calls the network
+            step by step. ``sampler.graph`` says what the last call did and why. See
+            :func:`scoresde_ext.sampling.get_ode_sampler`.
 
     Raises:
         ValueError: an argument is wrong; before any evaluation.
@@ -250,21 +260,99 @@ def get_pc_sampler(
         raise ValueError(f"on_failure: expected one of raise, status, got {on_failure!r}.")
     times = check_grid(grid, sde, predictor, eps, continuous)
     noise.seeded(seeds, shape[0])
+    graphs.check(graph, device)
+    steps = (predictor, corrector, snr, n_steps, probability_flow, continuous)
+    return PcSampler(sde, shape, steps, inverse_scaler, denoise, eps, device, seeds, times, on_failure, progress, graph)
 
-    def pc_sampler(model: Any) -> tuple[Tensor, int]:
-        with torch.no_grad(), noise.seeded(seeds, shape[0]):
-            loop = PCLoop(sde, model, predictor, corrector, snr, n_steps, probability_flow, continuous)
-            x = x_mean = noise.prior(sde, shape, device)
+
+class PcSampler:
+    """What :func:`get_pc_sampler` returns. ``graph``: how its last loop was run, and why."""
+
+    def __init__(
+        self,
+        sde: SDE,
+        shape: tuple[int, ...],
+        steps: tuple[type | None, type | None, float, int, bool, bool],
+        inverse_scaler: InverseScaler,
+        denoise: bool,
+        eps: float,
+        device: torch.device | str,
+        seeds: noise.Seeds,
+        times: list[float] | None,
+        on_failure: str,
+        progress: bool,
+        graph: str,
+    ) -> None:
+        self.sde, self.shape, self.steps, self.inverse_scaler, self.denoise = sde, shape, steps, inverse_scaler, denoise
+        self.eps, self.device, self.seeds, self.times, self.progress = eps, device, seeds, times, progress
+        self.on_failure = on_failure
+        self.asked, self.cache, self.graph = graph, graphs.Cache(), graphs.ON_CPU
+
+    def __call__(self, model: Any) -> tuple[Tensor, int]:
+        with torch.no_grad(), noise.seeded(self.seeds, self.shape[0]):
+            loop = PCLoop(self.sde, model, *self.steps)
+            x = noise.prior(self.sde, self.shape, self.device)
             with noise.run(x.device):
-                for visit in loop.visits(x, eps, times, progress):
-                    x, x_mean = loop.correct(x, visit.t)
-                    x, x_mean = visit.predict(x)
-            result = x_mean if denoise else x
-            if on_failure == "raise":
+                x, x_mean = self._run(loop, model, x)
+            result = x_mean if self.denoise else x
+            if self.on_failure == "raise":
                 check_finite(result, "Predictor-corrector sampling")
-            return inverse_scaler(result), (len(times) if times else sde.N) * (n_steps + 1)
+            return self.inverse_scaler(result), (len(self.times) if self.times else self.sde.N) * (self.steps[3] + 1)
 
-    return pc_sampler
+    def _run(self, loop: PCLoop, model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        plan = graphs.plan(self.asked, self.cache, model, x.device)
+        streams, why = None, ""
+        if graphs.backend_of(x.device) is not None:
+            streams = noise.streams_in_force(x.device)
+            if not all(type(step).__module__ == Predictor.__module__ for step in (loop.predictor, loop.corrector)):
+                why = "a predictor or corrector of your own may do at each step what a graph would not"
+            elif streams is None:
+                why = "recorded noise is looked up draw by draw"
+        if streams is None or why:
+            self.graph, x_mean = graphs.Choice("off", why) if why else plan.choice, x
+            for visit in loop.visits(x, self.eps, self.times, self.progress):
+                x, x_mean = visit(loop, x)
+            return x, x_mean
+        run: _EqualSteps | _GridSteps
+        if self.times is None:
+            run = _EqualSteps(loop, x, streams, torch.linspace(self.sde.T, self.eps, self.sde.N, device=x.device))
+            steps = bar(range(self.sde.N), self.progress)
+        else:
+            run, steps = _GridSteps(loop, x, streams, self.eps, self.times), range(1)
+        plan.run(run, x.device, type(run).__name__, steps)
+        self.graph = plan.choice
+        return run.x, run.x_mean
+
+
+class _EqualSteps:
+    """The N steps of a run as a :class:`graphs.Loop`: one corrector and one predictor call a step."""
+
+    STATE: tuple[str, ...] = ("x", "x_mean", "streams", "times", "index")
+    going: Tensor  # not used: the number of steps is known
+
+    def __init__(self, loop: PCLoop, x: Tensor, streams: Any, times: Tensor) -> None:
+        self.loop, self.x, self.x_mean, self.streams, self.times = loop, x, x, streams, times
+        self.index = torch.zeros(1, dtype=torch.int64, device=x.device)
+
+    def step(self) -> None:
+        t = self.times.index_select(0, self.index).expand(len(self.x))
+        x, _ = self.loop.correct(self.x, t)
+        self.x, self.x_mean = self.loop.predict(x, t)
+        self.index = self.index + 1
+
+
+class _GridSteps:
+    """The steps of a run along a grid as a :class:`graphs.Loop` of one step: their times are numbers."""
+
+    STATE: tuple[str, ...] = ("x", "x_mean", "streams")
+    going: Tensor
+
+    def __init__(self, loop: PCLoop, x: Tensor, streams: Any, eps: float, times: list[float]) -> None:
+        self.loop, self.x, self.x_mean, self.streams, self.eps, self.times = loop, x, x, streams, eps, times
+
+    def step(self) -> None:
+        for visit in self.loop.visits(self.x, self.eps, self.times, progress=False):
+            self.x, self.x_mean = visit(self.loop, self.x)
 
 
 def get_sampling_fn(

@@ -229,7 +229,7 @@ class AffineSDE(SDE):
         as it is while others are sought: none depends on its neighbours."""
         early, late = self._bracket(log_snr)
         t, found = late, torch.zeros_like(log_snr, dtype=torch.bool)
-        for i in range(256):
+        for i in range(256 if log_snr.is_cpu else 64):
             excess = self.log_snr(t) - log_snr
             early, late = torch.where(excess > 0, t, early), torch.where(excess < 0, t, late)
             (_, s), (_, g) = self.marginal_coefficients(t), self.sde_coefficients(t)
@@ -240,14 +240,27 @@ class AffineSDE(SDE):
             # Newton's error is squared at each step: below 1e-8, the step found the last digit.
             at_end = torch.where(good, (newton - t).abs() <= 1e-8 * t, late - early <= 1e-15 * late)
             t, found = torch.where(found, t, following), found | at_end
-            if bool(found.all()):
+            if t.is_cpu and bool(found.all()):  # elsewhere that would wait for the device
                 break
         return torch.where(log_snr.isnan(), log_snr, t)
 
     def _bracket(self, log_snr: Tensor) -> tuple[Tensor, Tensor]:
         """Neighbours in a table of times between which the log-SNR takes these values."""
-        steps = torch.arange(1, 65, dtype=log_snr.dtype, device=log_snr.device) / 64
-        times = self.T * steps**4
+        if log_snr.is_cpu:
+            table = self._falling()
+        else:  # made and looked at once
+            kept = self.__dict__.setdefault("_tables", {})
+            key = "falling", log_snr.device, log_snr.dtype
+            if key not in kept:
+                kept[key] = self._falling().to(log_snr.device, log_snr.dtype)
+            table = kept[key]
+        times, rising = table
+        index = torch.searchsorted(rising[1:-1].contiguous(), -log_snr)
+        return times[index], times[index + 1]
+
+    def _falling(self) -> Tensor:
+        """``(2, 66)``: 0, times up to T and T again; and minus the log-SNR at the inner ones."""
+        times = self.T * (torch.arange(1, 65, dtype=torch.float64) / 64) ** 4
         table = self.log_snr(times)
         falls = table.diff() < 0
         if not bool(falls.all()):
@@ -256,9 +269,8 @@ class AffineSDE(SDE):
                 f"sde: expected a log-SNR log(m / s) that falls as t grows, but that of {type(self).__name__} does "
                 f"not after t = {t:g}."
             )
-        index = torch.searchsorted(-table, -log_snr)
-        times = torch.cat([torch.zeros_like(times[:1]), times, times[-1:]])
-        return times[index], times[index + 1]
+        columns = torch.stack([times, -table])
+        return torch.cat([torch.zeros_like(columns[:, :1]), columns, columns[:, -1:]], 1)
 
     def sde(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         check_inputs(x, t, self.T)
@@ -279,8 +291,20 @@ class AffineSDE(SDE):
         """Row of the discrete tables at times ``t``."""
         return (t * (self.N - 1) / self.T).long()
 
-    def _row(self, table: Tensor, t: Tensor) -> Tensor:
-        return table.to(t.device)[self._index(t)].to(t.dtype)
+    def table(self, name: str, like: Tensor) -> Tensor:
+        """The table of the discrete process that is the attribute ``name``, in the dtype of ``like`` and on its device:
+        it is moved there once."""
+        table: Tensor = getattr(self, name)
+        if table.device == like.device or torch.compiler.is_compiling():
+            return table.to(like.device, like.dtype)
+        kept = self.__dict__.setdefault("_tables", {})
+        key = name, like.device, like.dtype
+        if key not in kept or kept[key][0] is not table or kept[key][1] != table._version:
+            kept[key] = table, table._version, table.to(like.device, like.dtype)
+        return kept[key][2]
+
+    def _row(self, name: str, t: Tensor) -> Tensor:
+        return self.table(name, t)[self._index(t)]
 
     def prior_sampling(self, shape: Sequence[int]) -> Tensor:
         return torch.randn(*shape)
@@ -336,11 +360,11 @@ class _DiscreteVP(AffineSDE):
 
     def discrete_beta(self, t: Tensor) -> Tensor:
         """beta of the discrete process at times ``t``."""
-        return self._row(self.discrete_betas, t)
+        return self._row("discrete_betas", t)
 
     def discrete_alpha(self, t: Tensor) -> Tensor:
         """alpha = 1 - beta of the discrete process at times ``t``."""
-        return self._row(self.alphas, t)
+        return self._row("alphas", t)
 
     def beta(self, t: Time) -> Time:
         return self.beta_0 + t * (self.beta_1 - self.beta_0)
@@ -446,7 +470,7 @@ class VESDE(AffineSDE):
     def adjacent_sigmas(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """The discrete sigma at times ``t`` and the next smaller one, 0 below the first."""
         index = self._index(t)
-        sigmas = self.discrete_sigmas.to(t.device, t.dtype)
+        sigmas = self.table("discrete_sigmas", t)
         return sigmas[index], torch.where(index == 0, torch.zeros_like(t), sigmas[(index - 1).clamp(min=0)])
 
     def prior_sampling(self, shape: Sequence[int]) -> Tensor:

@@ -44,16 +44,18 @@ def as_bytes(t: Tensor) -> bytes:
 class Shim:
     """A driver process, with the functions of ``scoresde_ext.ops`` as the CUDA kernels answer them.
 
-    ``shift``: all arrays lie this many elements off an aligned address. ``settings``: of the shim, see its source.
+    ``shift``: all arrays lie this many elements off an aligned address. ``double``: coefficients are float64 for all
+    arrays. ``channels``, if not 0: rows lie in memory as (pixels, channels), and noise is for (channels, pixels).
+    ``settings``: of the shim, see its source.
     """
 
-    def __init__(self, driver: Path, shift: int = 0, **settings: int) -> None:
-        self.shift, self.settings = shift, settings
+    def __init__(self, driver: Path) -> None:
+        self.set()
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(driver, stdin=pipe, stdout=pipe, stderr=pipe)
 
-    def set(self, shift: int = 0, **settings: int) -> "Shim":
-        self.shift, self.settings = shift, settings
+    def set(self, shift: int = 0, double: bool = False, channels: int = 0, **settings: int) -> "Shim":
+        self.shift, self.double, self.channels, self.settings = shift, double, channels, settings
         return self
 
     def close(self) -> None:
@@ -66,7 +68,8 @@ class Shim:
         for name, value in ({"largest_grid": UNLIMITED, "skipped_barrier": 0, "jitter": 0} | self.settings).items():
             request += b"shim %b %d\n" % (name.encode(), value)
         for name, value in numbers.items():
-            request += b"number %b %b\n" % (name.replace("_stride", ".stride").encode(), repr(value).encode())
+            name = name.replace("_stride", ".stride").replace("_double", ".double")
+            request += b"number %b %b\n" % (name.encode(), repr(value).encode())
         for name, t in arrays.items():
             if t is not None:
                 data = as_bytes(t)
@@ -87,12 +90,15 @@ class Shim:
         return {"dtype": DTYPE_CODES[x.dtype], "rows": len(x), "cols": x[0].numel()}
 
     def coefficients(self, x: Tensor, **values: Tensor | float | None) -> tuple[dict[str, Tensor], dict[str, int]]:
-        given = {n: torch.as_tensor(v, dtype=compute_dtype(x.dtype)) for n, v in values.items() if v is not None}
-        return given, {f"{n}_stride": int(v.numel() > 1) for n, v in given.items()}
+        dtype = torch.float64 if self.double else compute_dtype(x.dtype)
+        given = {n: torch.as_tensor(v, dtype=dtype) for n, v in values.items() if v is not None}
+        numbers = {f"{n}_stride": int(v.numel() > 1) for n, v in given.items()}
+        return given, numbers | dict.fromkeys((f"{n}_double" for n in given), int(dtype == torch.float64))
 
-    def noise(self, draw: Draw | None) -> tuple[dict[str, Tensor | None], dict[str, int]]:
+    def noise(self, draw: Draw | None, x: Tensor) -> tuple[dict[str, Tensor | None], dict[str, int]]:
         draw = draw or Draw()
-        return {"z": draw.z, "key": draw.key, "ids": draw.ids}, {"draw": draw.draw}
+        order = {"channels": self.channels, "pixels": x[0].numel() // self.channels} if self.channels else {}
+        return {"z": draw.z, "key": draw.key, "ids": draw.ids}, {"draw": draw.draw} | order
 
     def slopes(self, name: str, ks: Sequence[Tensor], weights: Sequence[float]) -> tuple[dict[str, Tensor], dict]:
         used = [(k, w) for k, w in zip(ks, weights, strict=True) if w]
@@ -116,20 +122,20 @@ class Shim:
 
     def affine_noise(self, x, out, p, q, n, draw) -> tuple[Tensor, Tensor]:
         mean, after = torch.empty_like(x), torch.empty_like(x)
-        (given, strides), (noise, number) = self.coefficients(x, p=p, q=q, n=n), self.noise(draw)
+        (given, strides), (noise, number) = self.coefficients(x, p=p, q=q, n=n), self.noise(draw, x)
         arrays = {"x": x, "out": out, **given, **noise}
         self.run("affine", {"mean": mean, "next": after}, arrays, **self.shape(x), **strides, **number)
         return mean, after
 
     def perturb(self, x0, m, s, draw) -> Tensor:
         after = torch.empty_like(x0)
-        (given, strides), (noise, number) = self.coefficients(x0, p=m, n=s), self.noise(draw)
+        (given, strides), (noise, number) = self.coefficients(x0, p=m, n=s), self.noise(draw, x0)
         self.run("affine", {"next": after}, {"x": x0, **given, **noise}, **self.shape(x0), **strides, **number)
         return after
 
     def residual(self, out, c, d, w, draw, results: dict[str, Tensor]) -> Tensor:
         partials = torch.empty(len(out), (out[0].numel() + TILE - 1) // TILE, dtype=torch.float64)
-        (given, strides), (noise, number) = self.coefficients(out, c=c, d=d, w=w), self.noise(draw)
+        (given, strides), (noise, number) = self.coefficients(out, c=c, d=d, w=w), self.noise(draw, out)
         arrays = {"out": None if c is None else out, **given, **noise}
         weighted = int(out.dtype in (torch.float32, torch.float64))
         numbers = self.shape(out) | strides | number
@@ -153,7 +159,7 @@ class Shim:
         results = {f"result{m}": torch.empty_like(first) for m in range(len(matrix))}
         samples = matrix[0, 0].numel()
         strides = {"c_m_stride": len(arrays) * samples, "c_k_stride": samples, "c_row_stride": int(matrix.dim() == 3)}
-        numbers = {"n_terms": len(arrays), "n_results": len(matrix), "c_double": int(matrix.dtype == torch.float64)}
+        numbers = {"n_terms": len(arrays), "n_results": len(matrix), "c_in_f64": int(matrix.dtype == torch.float64)}
         given = {f"array{k}": a for k, a in enumerate(arrays)} | {"c": matrix}
         self.run("combine", results, given, **self.shape(first), **numbers, **strides)
         return tuple(results.values())
@@ -186,7 +192,7 @@ class Shim:
 
     def noise_values(self, law: str, draw: Draw, size: tuple[int, ...], high: int = 0) -> Tensor:
         values = torch.empty(size, dtype=torch.int64 if law == "integers" else torch.float32)
-        arrays, numbers = self.noise(draw)
+        arrays, numbers = self.noise(draw, values)
         numbers |= {"rows": size[0], "cols": values[0].numel(), "law": LAWS.index(law), "high": high}
         self.run("noise", {"values": values}, arrays, **numbers)
         return values
@@ -251,11 +257,13 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).remo
 @every_dtype
 @every_op
 def test_values(op: Op, dtype: torch.dtype, shim: Shim) -> None:
-    """Against the reference; and in a grid of one block, whose loops then go over the arrays, or off by one element."""
+    """Against the reference; and in a grid of one block, whose loops then go over the arrays, or off by one element, or
+    with float64 coefficients, which the kernels round."""
+    changes: list[dict[str, int]] = [{"largest_grid": 1}, {"shift": 1}, {"double": True}]
     for i, v in enumerate(every_case(op, dtype)):
         results = call(op, shim.set(), v)
         check(op, v, results, noise_ulp=4)
-        again = call(op, shim.set(shift=1) if i % 2 else shim.set(largest_grid=1), v)
+        again = call(op, shim.set(**changes[i % 3]), v)
         assert all(torch.equal(a, b) for a, b in zip(results, again, strict=True))
 
 
@@ -304,6 +312,34 @@ def test_noise(shim: Shim) -> None:
                 for high in (1, 1000, 2**32):
                     integers = reference.noise_integers(key, d.ids, d.draw, size, high)
                     assert torch.equal(shim.noise_values("integers", d, size, high), integers)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 8), (3, 5, 3, 7), (2, 8, 9, 5), (2, 1030, 2), (1, 3, 2, 3, 5)], ids=str)
+@pytest.mark.parametrize("name", [name for name, op in OPS.items() if op.noise])
+def test_noise_of_channels_last(name: str, shape: tuple[int, ...], shim: Shim) -> None:
+    """Memory in another order, the same number for every element."""
+    op, last = OPS[name], (0, *range(2, len(shape)), 1)
+
+    def moved(x: Any) -> Any:
+        return x.permute(last).contiguous() if isinstance(x, Tensor) and x.shape == shape else x
+
+    for dtype in DTYPES:
+        v = arguments(op, shape, dtype, "per sample", "key and ids")
+        right = call(op, shim.set(), v)
+        found = call(op, shim.set(channels=shape[1]), {name: moved(value) for name, value in v.items()})
+        for result, other, is_sum in zip(found, right, op.sums, strict=True):
+            if is_sum:
+                torch.testing.assert_close(result, other)  # added in another order
+            else:
+                assert torch.equal(result, other.permute(last))
+
+
+def test_a_loop_on_the_device(shim: Shim) -> None:
+    """The step is run as long as its flag is set, and at least once, at every launch."""
+    for enough, launches, steps in ((1, 1, 1), (5, 1, 5), (5, 3, 7), (0, 2, 2)):
+        flag, count = torch.empty(1, dtype=torch.int32), torch.empty(1, dtype=torch.int32)
+        shim.set().run("loop", {"flag": flag, "count": count}, {}, enough=enough, launches=launches)
+        assert (count.item(), flag.item()) == (steps, 0)
 
 
 def test_control(shim: Shim) -> None:
@@ -381,6 +417,9 @@ def test_no_access_outside_the_other_arrays(sanitized: Shim) -> None:
     test_combine_of_any_number_of_arrays(sanitized)
     test_noise(sanitized)
     test_control(sanitized)
+    test_a_loop_on_the_device(sanitized)
+    test_sums_of_tiles(257, sanitized)
+    test_noise_of_channels_last("perturb", (3, 5, 3, 7), sanitized)
 
 
 def test_the_sanitizer_sees_an_array_too_short(driver: Any) -> None:

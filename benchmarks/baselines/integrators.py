@@ -8,8 +8,6 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-import torchdiffeq
-import torchode
 from scipy.integrate import solve_ivp
 from torch import Tensor
 
@@ -35,6 +33,8 @@ def scipy_rk45(f: Derivative, span: Span, z: Tensor, rtol: float, atol: float, m
 def torchdiffeq_dopri5(f: Derivative, span: Span, z: Tensor, rtol: float, atol: float) -> Tensor:
     """One step size for the batch. ``step_t`` makes the last step end at the end: by default torchdiffeq steps past
     it, where std(t) is not a number, and interpolates."""
+    import torchdiffeq  # imported where it is used: a machine with a GPU may lack it
+
     times = torch.tensor(span, dtype=torch.float64, device=z.device)
 
     def derivative(t: Tensor, x: Tensor) -> Tensor:
@@ -48,6 +48,8 @@ def torchdiffeq_dopri5(f: Derivative, span: Span, z: Tensor, rtol: float, atol: 
 
 def torchode_dopri5(f: Derivative, span: Span, z: Tensor, rtol: float, atol: float) -> Tensor:
     """A step size for each sample; all are evaluated until the slowest is done."""
+    import torchode  # as above
+
     size = math.prod(z.shape[1:])
 
     def derivative(t: Tensor, flat: Tensor) -> Tensor:

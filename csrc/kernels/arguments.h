@@ -9,7 +9,9 @@ namespace scoresde::SCORESDE_ISA {
 // The coefficient of a row.
 template <class A>
 SCORESDE_HD A at_row(Coefficient c, int64_t row) {
-  return static_cast<const A*>(c.data)[row * c.stride];
+  const int64_t i = row * c.stride;
+  return c.is_double ? static_cast<A>(static_cast<const double*>(c.data)[i])
+                     : static_cast<A>(static_cast<const float*>(c.data)[i]);
 }
 
 // A coefficient of a row's matrix.

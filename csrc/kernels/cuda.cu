@@ -11,7 +11,7 @@ namespace {
 
 #define SCORESDE_KERNEL __global__ void __launch_bounds__(block_threads)
 
-template <class T, bool vector>
+template <class T, bool vector, bool channels_last>
 SCORESDE_KERNEL affine_kernel(const __grid_constant__ AffineArgs args) {
   using A = compute_t<T>;
   for_each_chunk<T, vector>(args.rows, args.cols, [&](const Chunk& c) {
@@ -26,7 +26,7 @@ SCORESDE_KERNEL affine_kernel(const __grid_constant__ AffineArgs args) {
     }
     Values<T> next;
     if (args.next) {
-      const Values<T> z = load_noise<T, vector>(args.noise, c);
+      const Values<T> z = load_noise<T, vector, channels_last>(args.noise, c);
       const A n = at_row<A>(args.n, c.row);
       for (int i = 0; i < chunk_size<T>; ++i) next[i] = affine_next(mean[i], z[i], n);
     }
@@ -36,7 +36,7 @@ SCORESDE_KERNEL affine_kernel(const __grid_constant__ AffineArgs args) {
   });
 }
 
-template <class T, bool vector>
+template <class T, bool vector, bool channels_last>
 SCORESDE_KERNEL residual_kernel(const __grid_constant__ ResidualArgs args) {
   using A = compute_t<T>;
   sum_tiles<T, vector>(args.rows, args.cols, args.partials, [&](const Chunk& chunk) {
@@ -45,14 +45,14 @@ SCORESDE_KERNEL residual_kernel(const __grid_constant__ ResidualArgs args) {
     if (args.c.data) {
       r = load<T, vector>(args.out, chunk);
       if (has_noise(args.noise)) {
-        const Values<T> z = load_noise<T, vector>(args.noise, chunk);
+        const Values<T> z = load_noise<T, vector, channels_last>(args.noise, chunk);
         const A d = at_row<A>(args.d, chunk.row);
         for (int i = 0; i < chunk_size<T>; ++i) r[i] = residual(r[i], z[i], c, d);
       } else {
         for (int i = 0; i < chunk_size<T>; ++i) r[i] = c * r[i];
       }
     } else {
-      r = load_noise<T, vector>(args.noise, chunk);
+      r = load_noise<T, vector, channels_last>(args.noise, chunk);
       const A d = at_row<A>(args.d, chunk.row);
       for (int i = 0; i < chunk_size<T>; ++i) r[i] = d * r[i];
     }
@@ -253,7 +253,9 @@ int cuda_launch(const AffineArgs& args, void* stream) {
   const uintptr_t arrays = join(args.x, args.out, args.noise.array, args.mean, args.next);
   return with_type(args.dtype, [&](auto number) {
     using T = decltype(number);
-    return launch_chunks<T>(affine_kernel<T, true>, affine_kernel<T, false>, arrays, args, stream);
+    return args.noise.channels
+               ? launch_chunks<T>(affine_kernel<T, true, true>, affine_kernel<T, false, true>, arrays, args, stream)
+               : launch_chunks<T>(affine_kernel<T, true, false>, affine_kernel<T, false, false>, arrays, args, stream);
   });
 }
 
@@ -261,7 +263,10 @@ int cuda_launch(const ResidualArgs& args, void* stream) {
   const uintptr_t arrays = join(args.out, args.noise.array, args.grad);
   return with_type(args.dtype, [&](auto number) {
     using T = decltype(number);
-    return launch_chunks<T>(residual_kernel<T, true>, residual_kernel<T, false>, arrays, args, stream);
+    return args.noise.channels
+               ? launch_chunks<T>(residual_kernel<T, true, true>, residual_kernel<T, false, true>, arrays, args, stream)
+               : launch_chunks<T>(residual_kernel<T, true, false>, residual_kernel<T, false, false>, arrays, args,
+                                  stream);
   });
 }
 

@@ -13,11 +13,12 @@ enum class DType : int32_t { f32, f64, bf16, f16 };
 
 constexpr int max_stages = 16;  // DOP853 has 12
 
-// One coefficient a row, in the compute type (double for f64, else float): stride 1, or stride 0 for one number for all
-// rows.
+// One coefficient a row, or one for all rows (stride 0). CPU kernels are given them in the compute type, dense; CUDA
+// kernels as they come, and round them: a conversion would be a kernel of its own.
 struct Coefficient {
   const void* data = nullptr;
   int64_t stride = 0;
+  bool is_double = false;  // else float
 };
 
 constexpr int max_terms = 16, max_results = 4;
@@ -36,6 +37,9 @@ struct Noise {
   const int64_t* key = nullptr;  // {seed, first draw}
   const int64_t* ids = nullptr;  // a stream id a row; null: the row's number
   int64_t draw = 0;              // added to the first draw
+  // Streams count elements in logical order. CUDA kernels take rows that lie in memory as (pixels, channels) too, where
+  // the logical order is (channels, pixels): channels_last. 0: memory is in logical order.
+  int64_t channels = 0, pixels = 0;
 };
 
 // mean = p x + q out; next = mean + n z. `out` may be null (then q is not read), and either result.
@@ -183,5 +187,15 @@ int cuda_launch(const NoiseArgs& args, void* stream);
 int cuda_launch(const SumArgs& args, void* stream);
 int cuda_launch(const ControlArgs& args, void* stream);
 const char* cuda_error(int code);
+
+// A loop on the device: an instantiated graph that runs a captured step, a cudaGraph_t of the current device, at least
+// once and as long as *flag is not 0 afterwards. The step is copied; the memory it works on is not.
+int cuda_loop_create(void* step, const int32_t* flag, void** loop);
+int cuda_loop_launch(void* loop, void* stream);
+int cuda_loop_destroy(void* loop);
+// Versions of CUDA, as 12040 for 12.4, of the library these kernels were built with and of the driver, 0 without one.
+// Loops need 12.4 of both.
+constexpr int cuda_loop_version = 12040;
+int cuda_versions(int* library, int* driver);
 
 }  // namespace scoresde

@@ -108,4 +108,11 @@ SCORESDE_HD Pair normals_from(uint32_t word, uint32_t turn) {
   return {radius * bits_as<float>(cos_bits), radius * bits_as<float>(sin_bits)};
 }
 
+// The standard normal of one of the four elements of a block.
+SCORESDE_HD float normal_of(Words w, uint32_t element) {
+  const bool second = element & 2u;
+  const Pair pair = normals_from(second ? w.z : w.x, second ? w.w : w.y);
+  return element & 1u ? pair.b : pair.a;
+}
+
 }  // namespace scoresde::SCORESDE_ISA

@@ -3,6 +3,10 @@
 #include <pybind11/pybind11.h>
 #include <torch/headeronly/version.h>
 
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
 #include "kernels/kernels.h"
 
 namespace py = pybind11;
@@ -44,6 +48,43 @@ py::dict build_info() {
   return info;
 }
 
+#ifdef SCORESDE_EXT_WITH_CUDA
+void check(int code, const char* what) {
+  if (code != 0) throw std::runtime_error(std::string("CUDA could not ") + what + ": " + scoresde::cuda_error(code));
+}
+
+// Owns a loop on the device. Handles and addresses come as the integers that torch gives them out as.
+class DeviceLoop {
+ public:
+  DeviceLoop(uintptr_t step, uintptr_t flag) {
+    check(scoresde::cuda_loop_create(reinterpret_cast<void*>(step), reinterpret_cast<const int32_t*>(flag), &loop_),
+          "make a loop of the captured step");
+  }
+  DeviceLoop(const DeviceLoop&) = delete;
+  DeviceLoop& operator=(const DeviceLoop&) = delete;
+  ~DeviceLoop() { scoresde::cuda_loop_destroy(loop_); }
+
+  void launch(uintptr_t stream) const {
+    check(scoresde::cuda_loop_launch(loop_, reinterpret_cast<void*>(stream)), "launch the loop");
+  }
+
+ private:
+  void* loop_ = nullptr;
+};
+
+// Why there can be no loops on the device; empty where there can.
+std::string loops_missing() {
+  const auto name = [](int version) {
+    return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+  };
+  int library = 0, driver = 0;
+  check(scoresde::cuda_versions(&library, &driver), "tell its version");
+  if (library < scoresde::cuda_loop_version) return "this build is of CUDA " + name(library) + ", 12.4 is needed";
+  if (driver < scoresde::cuda_loop_version) return "the driver is of CUDA " + name(driver) + ", 12.4 is needed";
+  return "";
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
@@ -52,4 +93,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
              "instruction set its CPU kernels use on this machine (cpu_capability).");
   module.def("graph_is_kept", &torch::autograd::get_current_graph_task_keep_graph,
              "Whether the backward pass that is running keeps its graph for another one (retain_graph, create_graph).");
+#ifdef SCORESDE_EXT_WITH_CUDA
+  py::class_<DeviceLoop>(module, "DeviceLoop", "A captured step that the device repeats while a flag is not 0.")
+      .def(py::init<uintptr_t, uintptr_t>(), py::arg("step"), py::arg("flag"))
+      .def("launch", &DeviceLoop::launch, py::arg("stream"));
+  module.def("loops_missing", &loops_missing, "Why there can be no DeviceLoop here; empty where there can.");
+#endif
 }

@@ -62,13 +62,21 @@ Shape shape_of(const Tensor& t, const char* name) {
 // ---- layouts ----
 
 // Brings every array of a call into one element order. The order of `like` itself serves where its rows are dense
-// (contiguous, channels_last, ...); generated noise is indexed in logical order and so asks for contiguous arrays.
+// (contiguous, channels_last, ...). Generated noise is indexed in logical order: it asks for contiguous arrays, or, on
+// CUDA, for channels_last.
 class Layout {
  public:
   Layout(const Tensor& like, const char* name, bool logical_order) : like_(like), name_(name) {
     const Shape s = shape_of(like, name);
     const bool dense = like.is_non_overlapping_and_dense() && (s.rows <= 1 || s.cols == 0 || like.stride(0) == s.cols);
-    direct_ = like.is_contiguous() || (dense && !logical_order);
+    direct_ = like.is_contiguous() || (dense && (!logical_order || (like.is_cuda() && is_channels_last())));
+  }
+
+  // How the noise of a stream lies in these arrays.
+  void set_order(Noise& noise) const {
+    if (!direct_ || like_.is_contiguous() || like_.numel() == 0) return;
+    noise.channels = like_.size(1);
+    noise.pixels = like_.numel() / like_.size(0) / like_.size(1);
   }
 
   Tensor input(const Tensor& t, const char* name) const {
@@ -83,12 +91,22 @@ class Layout {
   Tensor result(const Tensor& computed) const { return direct_ ? computed : at::empty_like(like_).copy_(computed); }
 
  private:
+  // Whether a row lies in memory as (pixels, channels).
+  bool is_channels_last() const {
+    if (like_.dim() < 3 || like_.stride(1) != 1) return false;
+    int64_t stride = like_.size(1);
+    for (int64_t d = like_.dim() - 1; d >= 2; stride *= like_.size(d), --d) {
+      if (like_.size(d) > 1 && like_.stride(d) != stride) return false;
+    }
+    return true;
+  }
+
   const Tensor& like_;
   const char* name_;
   bool direct_;
 };
 
-// A coefficient argument in the compute type, kept alive for the call.
+// A coefficient argument, kept alive for the call.
 struct Numbers {
   Tensor held;
   Coefficient coefficient;
@@ -100,8 +118,9 @@ struct Numbers {
     TORCH_CHECK_VALUE(t.device() == x.device(), name, ": expected device ", x.device(), ", got ", t.device(),
                       ". Move it with .to().");
     TORCH_CHECK_TYPE(t.is_floating_point(), name, ": expected a floating-point tensor, got ", t.scalar_type(), ".");
-    held = t.to(compute_type(x)).contiguous();
-    coefficient = {held.const_data_ptr(), held.numel() == 1 ? 0 : 1};
+    const bool is_read = x.is_cuda() && (t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble);
+    held = is_read ? t : t.to(compute_type(x)).contiguous();
+    coefficient = {held.const_data_ptr(), held.numel() == 1 ? 0 : held.stride(0), held.scalar_type() == at::kDouble};
   }
   Numbers(const OptTensor& t, const char* name, const Tensor& x) {
     if (t) *this = Numbers(*t, name, x);
@@ -142,6 +161,7 @@ struct NoiseInput {
       noise.array = z.const_data_ptr();
     } else if (stream_key) {
       *this = NoiseInput(*stream_key, stream_ids, draw, shape_of(like, "x"), like.device());
+      layout.set_order(noise);
     }
   }
 

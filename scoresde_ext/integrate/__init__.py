@@ -1,9 +1,9 @@
 """Integration of batches, with the state on its device and in its dtype.
 
 :func:`solve` is the entrance. ``tableaus`` holds the Runge-Kutta methods as data, ``runge_kutta`` runs them,
-``multistep`` has the methods that use past evaluations, ``drift`` says what a right-hand side is, ``run`` and
-``results`` keep the books. ``refill`` gives the slots of finished samples to
-the next.
+``multistep`` has the methods that use past evaluations, ``drift`` says what a right-hand side is, ``stepping`` makes
+loops of them that a GPU can run by itself, ``refill`` gives the slots of finished samples to the next, ``run`` and
+``results`` keep the books.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from typing import Any
 
 from torch import Tensor
 
+from .. import graphs
 from ..checks import check_state, check_tolerances
 from .drift import Drift, Function, Terms, Time, time_vector
 from .multistep import MULTISTEP, Adaptive, CalibratedGrid, FixedGrid, Flow, grid_tables
 from .refill import Finished, Stream
 from .results import Solution, SolverError, Status
 from .run import Run, padded
-from .runge_kutta import FixedSteps, Joint, PerSample
+from .runge_kutta import FixedSteps, Joint, JointOnDevice, PerSample
 from .tableaus import METHODS, Tableau, tableau_of
 
 __all__ = [
@@ -67,6 +68,7 @@ def solve(
     pi: bool = False,
     on_failure: str = "raise",
     progress: bool = False,
+    graph: str | graphs.Plan = "auto",
 ) -> Solution:
     """Integrates ``dy/dt = f(t, y)`` from ``t_span[0]`` to ``t_span[1]``, in either direction, to exactly the end
     point. No evaluation lies outside ``t_span``.
@@ -108,6 +110,10 @@ def solve(
             "Solving Ordinary Differential Equations II", section IV.2). Fewer rejections on stiff problems.
         on_failure: ``raise`` a :class:`SolverError`, or return with the failures in ``Solution.status``.
         progress: show a progress bar on a terminal.
+        graph: on a GPU, how the loop over the steps is run: ``while`` captures a step as a CUDA graph and lets the GPU
+            repeat it, ``replay`` launches that graph step by step, ``off`` calls ``f`` step by step. ``auto`` is
+            ``off`` here, where a captured step would be used once; samplers keep theirs. ``Solution.graph`` says what
+            was done and why. Elsewhere ``auto`` and ``off`` are the same, and the others a ValueError.
 
     Raises:
         ValueError, TypeError: an argument is wrong; before any evaluation. What ``f`` raises at its first evaluation is
@@ -132,6 +138,7 @@ def solve(
         max_steps=max_steps,
         pi=pi,
         progress=progress,
+        graph=graph,
     )
     return run.solve(on_failure, angle)
 
@@ -163,7 +170,7 @@ def stream(
     for name, value, least in (("count", count, 0), ("slots", slots, 1)):
         if not isinstance(value, int) or value < least:
             raise ValueError(f"{name}: expected a whole number from {least} on, got {value!r}.")
-    taken = sorted({"control", "t_eval", "steps", "grid", "on_failure", "progress"} & options.keys())
+    taken = sorted({"control", "t_eval", "steps", "grid", "on_failure", "progress", "graph"} & options.keys())
     if taken:
         raise ValueError(f"{taken[0]}: a stream takes an adaptive method with one step size a sample. Leave it out.")
 
@@ -194,12 +201,15 @@ def prepare(
     max_steps: int = 10_000,
     pi: bool = False,
     progress: bool = False,
+    graph: str | graphs.Plan = "auto",
 ) -> tuple[Run, Any]:
     """The run that :func:`solve` asks for, and the flow in the angle where that is its coordinate."""
     packed = isinstance(y0, tuple)
     ys = y0 if isinstance(y0, tuple) else (y0,)
     _check_problem(f, t_span, ys)
     _check_choices(control, coordinate, max_steps)
+    plan = graph if isinstance(graph, graphs.Plan) else graphs.Plan(graph)
+    graphs.check(plan.asked, ys[0].device)
     if steps is not None and grid is not None:
         raise ValueError("steps, grid: expected one of them, got both.")
     fixed = steps is not None or grid is not None
@@ -231,6 +241,7 @@ def prepare(
             run = Adaptive(order, rtol, atol, first_step, per_sample, flow, *problem, wanted, progress)
         else:
             raise ValueError(f"steps: expected a number of steps, or a grid, for the fixed-step method {method!r}.")
+        run.plan = plan
         return run, None
 
     tableau = _method(method)
@@ -254,8 +265,10 @@ def prepare(
         run = FixedSteps(tableau, times or _even(steps, *span), drift, *problem, None, progress)
     else:
         _check_first_step(first_step, abs(span[1] - span[0]))
-        kind = PerSample if per_sample else Joint
+        joint = Joint if graphs.backend_of(ys[0].device) is None else JointOnDevice
+        kind = PerSample if per_sample else joint
         run = kind(tableau, rtol, atol, first_step, pi, drift, *problem, wanted, progress)
+    run.plan = plan
     return run, angle
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import ops
 
-Time = float | Tensor  # of the whole batch, or one a sample: float64 (B,)
+Time = float | Tensor  # of the whole batch, a float or float64 (1,), or one a sample: float64 (B,)
 
 
 class Terms(NamedTuple):
@@ -65,8 +65,8 @@ class Function:
 
 
 def time_vector(t: Time, like: Tensor) -> Tensor:
-    """``t`` once for each sample: float64 where the state is, else float32."""
+    """``t``, one number or one a sample, once for each sample: float64 where the state is, else float32."""
     if isinstance(t, Tensor):
-        return t.to(ops.compute_dtype(like))
+        return t.to(ops.compute_dtype(like)).expand(len(like))
     # One number, expanded: what is computed from it cannot depend on its place in the batch.
     return torch.full((1,), t, dtype=ops.compute_dtype(like), device=like.device).expand(len(like))

@@ -15,6 +15,7 @@ linear combination of arrays: a step is one kernel and a matrix.
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -26,8 +27,9 @@ from torch import Tensor
 from .. import ops
 from .drift import Drift, Time
 from .results import Status
-from .run import Run, column, padded
+from .run import column, padded
 from .runge_kutta import nan_alone
+from .stepping import OnGrid, Stepping
 
 MULTISTEP = ("unipc", "dpmpp_2m")
 
@@ -54,8 +56,12 @@ class CalibratedGrid(Protocol):
 
 # ---- coefficients ----
 
-_NODES, _WEIGHTS = (torch.from_numpy(v) for v in np.polynomial.legendre.leggauss(32))
-_NODES, _WEIGHTS = 0.5 * (_NODES + 1.0), 0.5 * _WEIGHTS  # on [0, 1]; exact to rounding for every h that occurs
+
+@functools.cache
+def quadrature(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Nodes and weights on [0, 1], ``(32, 1)``: exact to rounding for every h that occurs. Moved to a device once."""
+    nodes, weights = (torch.from_numpy(v)[:, None] for v in np.polynomial.legendre.leggauss(32))
+    return (0.5 * (nodes + 1.0)).to(device), (0.5 * weights).to(device)
 
 
 def angle_at(log_snr: Tensor) -> Tensor:
@@ -68,7 +74,7 @@ def integral_weights(l0: Tensor, l1: Tensor, nodes: Tensor, valid: Tensor | None
     angle through the values D_j at ``nodes`` ``(K, R)``, those that are ``valid``; ``l0`` and ``l1`` are log-SNR
     ``(R,)``. All float64."""
     h = l1 - l0
-    u, weight = _NODES.to(h.device)[:, None], _WEIGHTS.to(h.device)[:, None]
+    u, weight = quadrature(h.device)
     angle = angle_at(l0 + u * h)
     damped = weight * torch.exp((u - 1.0) * h) * h
     result = []
@@ -152,33 +158,29 @@ def _update(before: Point, after: Point, x: Tensor, values: list[Tensor], weight
 # ---- fixed grid ----
 
 
-class FixedGrid(Run):
+class FixedGrid(OnGrid):
     """Steps to the times of ``grid`` with a matrix each: those of theory, or others."""
 
     def __init__(self, grid: Sequence[float], tables: Tensor, flow: Flow, *args: Any) -> None:
-        super().__init__(flow, *args)
-        self.flow, self.grid, self.tables = flow, grid, tables
+        super().__init__(grid, flow, *args)
+        self.flow, self.tables = flow, tables
 
     def integrate(self) -> None:
         (x,) = self.ys
-        tables = self.tables.to(x.device, ops.compute_dtype(x))
-        self.first_step = abs(self.grid[1] - self.grid[0])
-        predicted, values = x, [torch.zeros_like(x)] * (tables.shape[2] - 3)
-        for i, table in enumerate(tables):
+        self.tables = self.tables.to(x.device, ops.compute_dtype(x))
+        self.drive()
+
+    def step(self) -> None:
+        """All steps."""
+        (x,) = self.ys
+        predicted, values = x, [torch.zeros_like(x)] * (self.tables.shape[2] - 3)
+        for i, table in enumerate(self.tables):
             t, t_next = self.grid[i], self.grid[i + 1]
             out = self.call(self.flow.network, predicted, t)
             value, x, predicted = ops.combine([x, predicted, out, *values], table)
             values = [value, *values[:-1]]
-            self.times.append(t_next)
-            self.step_sizes.append(abs(t_next - t))
-            self.end_as(self.lost((predicted,)), Status.NOT_FINITE)
-            running = self.running
-            self.reached = torch.where(running, t_next, self.reached)
-            self.n_accepted += running
-            self.evaluations += running
-            self.show(abs(t_next - self.start) / abs(self.end - self.start))
+            self.end_step(t, t_next, (predicted,))
         self.ys = (predicted,)
-        self.end_as(self.running, Status.SUCCESS)
 
 
 # ---- adaptive ----
@@ -189,16 +191,24 @@ FIRST_STEP = 0.5
 LARGEST_GROWTH = 2.5
 
 
-class Adaptive(Run):
+class Adaptive(Stepping):
     """UniPC with step sizes from the gap between predictor and corrector, which takes no evaluation more.
 
     ``R`` rows of numbers: one for the batch, or one a sample. Each keeps its last ``order`` values of D in slots, in no
     order: the weights of a polynomial through nodes do not ask for one.
+
+    Where samples fail under joint control, the others are integrated again from the start without them.
     """
 
-    ROWS = Run.ROWS | dict.fromkeys(
-        ("x", "t", "here", "last", "sign", "values", "taken", "h", "rejected", "overflow", "spoilt", "attempts"), 0
-    ) | {"nodes": 1, "norm_before": 0}  # fmt: skip
+    ROWS = (
+        Stepping.ROWS
+        | dict.fromkeys(("x", "here", "last", "sign", "values", "taken", "spoilt", "norm_before"), 0)
+        | {"nodes": 1}
+    )
+    STATE = (
+        *(name for name in Stepping.STATE if name != "ys"),
+        "x", "values", "nodes", "taken", "here", "spoilt", "norm_before", "target",
+    )  # fmt: skip
 
     def __init__(
         self, order: int, rtol: float, atol: float, first_step: float | None, per_sample: bool, flow: Flow, *args: Any
@@ -209,14 +219,6 @@ class Adaptive(Run):
 
     # -- rows and samples
 
-    def of_batch(self, v: Tensor) -> Tensor:
-        """A number a sample from a number a row."""
-        return v if self.per_sample else v.expand(len(self.status))
-
-    def active(self, t: Tensor) -> Tensor:
-        """``(R,)``: rows still on their way."""
-        return (t != self.end) & (self.running if self.per_sample else self.running.any())
-
     def combine(self, arrays: Sequence[Tensor], *matrix: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """One result for each line of the matrix, whose entries are ``(R,)`` or ``(n, R)``."""
         lines = [torch.cat([v if v.dim() == 2 else v[None] for v in line]) for line in matrix]
@@ -226,6 +228,9 @@ class Adaptive(Run):
     def norm(self, sums: Tensor, n: int) -> Tensor:
         if self.per_sample:
             return (sums / max(n, 1)) ** 0.5
+        if not self.on_host:
+            running = self.running
+            return (torch.where(running, sums, 0.0).sum() / (n * running.sum()).clamp(min=1)).sqrt()[None]
         healthy = sums[self.running]
         return (healthy.sum() / max(n * len(healthy), 1)).sqrt()[None]
 
@@ -249,7 +254,7 @@ class Adaptive(Run):
         return weights
 
     def network(self, x: Tensor, t: Tensor) -> Tensor:
-        return self.call(self.flow.network, x, t if self.per_sample else t.item())
+        return self.call(self.flow.network, x, t.item() if self.on_host and not self.per_sample else t)
 
     # -- the loop
 
@@ -257,23 +262,23 @@ class Adaptive(Run):
         if len(self.status) == 0:
             return
         while bool(self.running.any()):
-            # Under joint control, where samples fail the others are integrated again without them.
             self.times, self.step_sizes, self.error_norms = [self.start], [], []
             for counts in (self.evaluations, self.n_accepted, self.n_rejected):
                 counts[self.running] = 0
             self.begin()
-            while bool(self.active(self.t).any()) and self.step():
-                pass
-            if not self.per_sample and not bool(self.active(self.t).any()):
+            self.drive()
+            self.ys = (self.x,)
+            if not self.per_sample and bool(self.t == self.end):
                 self.end_as(self.running, Status.SUCCESS)
 
     def begin(self) -> None:
-        (self.x,) = (x,) = self.y0
+        (x,) = self.y0
         rows = len(x) if self.per_sample else 1
-        self.t = t = torch.full((rows,), self.start, dtype=torch.float64, device=x.device)
-        self.here, self.last = self.point(t), self.point(torch.full_like(t, self.end))
+        self.start_stepping(torch.full((rows,), self.start, dtype=torch.float64, device=x.device))
+        self.x = x if self.on_host else x.clone()
+        self.here, self.last = self.point(self.t), self.point(torch.full_like(self.t, self.end))
         self.sign = (self.last.l - self.here.l).sign()
-        out = self.network(x, t)
+        out = self.network(x, self.t)
         self.evaluations += self.running
         value = self.combine([x, out], [self.here.a, self.here.b])[0]
         self.end_as(self.lost((value,)), Status.NOT_FINITE)
@@ -282,64 +287,84 @@ class Adaptive(Run):
         self.nodes[0] = self.here.angle
         self.taken = torch.ones((rows,), dtype=torch.int64, device=x.device)
         self.slots = torch.arange(self.order, device=x.device)[:, None]
-        self.h = torch.full_like(t, self.first_step)
-        self.rejected = self.overflow = torch.zeros_like(t, dtype=torch.bool)
+        self.h = torch.full_like(self.t, self.first_step)
         self.spoilt = torch.zeros_like(self.running)  # samples that made the last step overflow
-        self.attempts = torch.zeros_like(self.taken)
-        self.norm_before = torch.ones_like(t)
+        self.norm_before, self.target = torch.ones_like(self.t), self.t
 
-    def give_up(self, active: Tensor) -> Tensor:
-        """``(R,)``: rows that cannot go on. Where an overflow is the reason, the samples it came from end, and the
-        others of the row start again."""
+    def give_up(self) -> None:
+        """Rows that cannot go on end. Where an overflow is the reason, the samples it came from end, and the others of
+        the row start again."""
+        active = self.on_their_way()
         tiny, spent = self.h < 1e-13 * (1.0 + self.here.l.abs()), self.attempts >= self.max_steps
         stuck = active & (tiny | spent)
-        if bool(stuck.any()):
+        if self.maybe(stuck):
             self.end_as(self.of_batch(stuck & self.overflow) & self.spoilt, Status.NOT_FINITE)
             rest = self.of_batch(stuck & ~self.overflow)
             self.end_as(rest & self.of_batch(tiny), Status.STEP_SIZE)
             self.end_as(rest, Status.MAX_STEPS)
-        return stuck
+            if not self.per_sample:
+                self.stop = self.stop | stuck
 
-    def step(self) -> bool:
-        """One attempted step of every active row; False where the others have to start again without some samples."""
-        t, x, here = self.t, self.x, self.here
-        stuck = self.give_up(self.active(t))
-        active = self.active(t)
-        if bool(stuck.any()) and not (self.per_sample and bool(active.any())):
-            return False
+    def step(self) -> None:
+        """One attempted step of every active row."""
+        t, x, here, active = self.t, self.x, self.here, self.active()
         left = (self.last.l - here.l).abs()
         ends = self.h >= left * (1.0 - 1e-12)
         h = torch.where(active, torch.minimum(self.h, left), 1.0)  # a row that is done has any step: it stays
         t_new = self.time_at(torch.where(active, here.l + self.sign * h, here.l))
         t_new = torch.where(active, torch.where(ends, self.end, t_new), t)
-        there = self.point(t_new)
+        new, value, predicted, out, there = self.attempt(t_new)
+        sums = ops.rk_error(x, new, [new, predicted], (1.0, -1.0), 1.0, self.rtol, self.atol)
+        norm = self.norm(sums, math.prod(x.shape[1:]))
+        accepted, h_next = self.control(norm, h, active)
+        t_after = torch.where(accepted, t_new, t)
+        self.note(torch.where(active, h, math.nan), torch.where(active, norm, math.nan), t_after, active, accepted)
+        overflow = ~norm.isfinite() & active
+        if not self.on_host:
+            self.look = self.look | overflow.any()
+            self.spoilt = torch.where(self.of_batch(active), ~sums.isfinite(), self.spoilt)
+            self.target = torch.where(active, t_new, self.target)
+        elif bool(overflow.any()):
+            self.spoilt = self.lost((new, predicted, out)) | ~sums.isfinite()
+            self.end_bad(nan_alone([new, predicted, out]))
+        if self.dense is not None:
+            self.record(t, t_new, accepted, there, value, new)
+        self.h = torch.where(active, h_next, self.h)
+        self.rejected = torch.where(active, ~accepted, self.rejected)
+        self.overflow = torch.where(active, overflow, self.overflow)
+        self.keep(accepted, t_after, there, new, value)
+        self.give_up()
+        self.go_on()
+
+    def attempt(self, t_new: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Point]:
+        """A step to ``t_new``: the state, D, the predicted state, the network's output there, and the point."""
+        x, here, there = self.x, self.here, self.point(t_new)
         scale = there.s / here.s
         (predicted,) = self.combine([x, *self.values], [scale, there.m * self.weights(there, there.l, False)])
         out = self.network(predicted, t_new)
         corrector = there.m * self.weights(there, there.l, True)
-        first, past, zero = corrector[0], corrector[1:], torch.zeros_like(t)
+        first, past, zero = corrector[0], corrector[1:], torch.zeros_like(self.t)
         new, value = self.combine(
             [x, predicted, out, *self.values],
             [scale, first * there.a, first * there.b, past],
             [zero, there.a, there.b, torch.zeros_like(past)],
         )
-        sums = ops.rk_error(x, new, [new, predicted], (1.0, -1.0), 1.0, self.rtol, self.atol)
-        norm = self.norm(sums, math.prod(x.shape[1:]))
-        accepted, h_next = self.control(norm, h, active)
-        self.overflow = ~norm.isfinite() & active
-        self.log(h, norm, active, accepted)
-        if bool(self.overflow.any()):
-            self.spoilt = self.lost((new, predicted, out)) | ~sums.isfinite()
-            bad = nan_alone([new, predicted, out]) & self.running
-            self.end_as(bad, Status.NOT_FINITE)
-            if not self.per_sample and bool(bad.any()):
-                return False
-        if self.dense is not None:
-            self.record(t, t_new, accepted, there, value, new)
-        self.h = torch.where(active, h_next, self.h)
-        self.rejected = active & ~accepted
-        self.keep(accepted, t_new, there, new, value)
-        return True
+        return new, value, predicted, out, there
+
+    def end_bad(self, nan: Tensor) -> None:
+        """Samples with NaN end; under joint control the others start again."""
+        bad = nan & self.running
+        self.end_as(bad, Status.NOT_FINITE)
+        if not self.per_sample:
+            self.stop = self.stop | bad.any()
+
+    def attend(self) -> None:
+        """The attempt that overflowed is made again to see what it gave, from the state that it left as it was."""
+        before = self.nfe
+        new, _, predicted, out, _ = self.attempt(torch.where(self.overflow, self.target, self.t))
+        self.nfe = before
+        self.end_bad(self.of_batch(self.overflow) & nan_alone([new, predicted, out]))
+        self.give_up()
 
     def control(self, norm: Tensor, h: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
         """Proportional-integral control (Hairer, Norsett, Wanner, "Solving Ordinary Differential Equations II", section
@@ -358,37 +383,19 @@ class Adaptive(Run):
         self.norm_before = torch.where(accepted, norm.clamp(min=1e-3), self.norm_before)
         return accepted, h * torch.where(accepted, onward, again)
 
-    def keep(self, accepted: Tensor, t_new: Tensor, there: Point, new: Tensor, value: Tensor) -> None:
+    def keep(self, accepted: Tensor, t_after: Tensor, there: Point, new: Tensor, value: Tensor) -> None:
         """The step in the rows that accepted it."""
         write = accepted & (self.slots == self.taken % self.order)
-        self.values = [
-            torch.where(column(self.of_batch(w), v), value, v) for w, v in zip(write, self.values, strict=True)
-        ]
+        self.values = [self.chosen(w, value, v) for w, v in zip(write, self.values, strict=True)]
         self.nodes = torch.where(write, there.angle, self.nodes)
-        self.x = torch.where(column(self.of_batch(accepted), self.x), new, self.x)
+        self.x = self.chosen(accepted, new, self.x)
         self.here = self.here.where(accepted, there)
-        self.t, self.taken = torch.where(accepted, t_new, self.t), self.taken + accepted
+        self.t, self.taken = t_after, self.taken + accepted
         self.ys, self.reached = (self.x,), torch.where(self.running, self.of_batch(self.t), self.reached)
         if self.per_sample:
-            self.times.append(self.t)
             self.end_as(self.t == self.end, Status.SUCCESS)
-            self.show(1.0 - float(self.running.double().mean()))
-        elif bool(accepted):
-            self.times.append(self.t.item())
-            self.show(abs(self.t.item() - self.start) / abs(self.end - self.start))
-
-    def log(self, h: Tensor, norm: Tensor, active: Tensor, accepted: Tensor) -> None:
-        self.attempts = self.attempts + active
-        moving = self.of_batch(active) & self.running
-        self.evaluations += moving
-        self.n_accepted += moving & self.of_batch(accepted)
-        self.n_rejected += moving & ~self.of_batch(accepted)
-        if self.per_sample:
-            self.step_sizes.append(torch.where(active, h, math.nan))
-            self.error_norms.append(torch.where(active, norm, math.nan))
-        else:
-            self.step_sizes.append(h.item())
-            self.error_norms.append(norm.item())
+        if self.on_host and (self.per_sample or bool(accepted)):
+            self.show_progress()
 
     def record(self, t: Tensor, t_new: Tensor, accepted: Tensor, there: Point, value: Tensor, new: Tensor) -> None:
         """The states at those times of ``t_eval`` that lie in the steps just accepted: the step's own formula, as far
@@ -397,7 +404,7 @@ class Adaptive(Run):
         (dense,) = self.dense
         for i, at in enumerate(self.t_eval):
             inside = accepted & ((at - t) * (at - t_new) <= 0)
-            if bool(inside.any()):
+            if self.maybe(inside):
                 point = self.point(torch.full_like(t, at))
                 weights = point.m * self.weights(there, point.l, True)
                 (state,) = self.combine([self.x, value, *self.values], [point.s / self.here.s, weights])

@@ -110,6 +110,7 @@ class Stream:
     def step(self, run: Any) -> None:
         before = run.nfe
         with _handing_on(), torch.no_grad():
+            run.between_steps()
             run.step()
         self.account(run, run.nfe - before)
         run.times, run.step_sizes, run.error_norms = [], [], []  # the logs of a solve: a stream has no end
@@ -178,7 +179,9 @@ def put(run: Any, rows: Tensor, other: Any, other_rows: Tensor) -> None:
 
 
 def each(function: Callable[..., Tensor], axis: int, value: Any, *others: Any) -> Any:
-    """``function(tensor, axis, *tensors)`` for the tensors in a tuple, a list, or an object with ``ROWS``."""
+    """``function(tensor, axis, *tensors)`` for the tensors in a tuple, a list, or an object with ``ROWS``; None stays."""
+    if value is None:
+        return None
     if isinstance(value, Tensor):
         return function(value, axis, *others)
     if isinstance(value, (tuple, list)):

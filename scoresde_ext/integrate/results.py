@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..checks import name_rows
+from ..graphs import ON_CPU, Choice
 
 
 class Status(enum.IntEnum):
@@ -50,6 +51,8 @@ class Solution:
             below 1. NaN where a sample was finished.
         first_step: the first step size tried, of the samples that needed the smallest.
         ys: the states at the times ``t_eval``, ``(len(t_eval), B, *)``; None where none were asked for.
+        graph: how the loop over the steps was run, ``while``, ``replay`` or ``off``, and why: see
+            :mod:`scoresde_ext.graphs`.
     """
 
     y: Any
@@ -65,6 +68,7 @@ class Solution:
     error_norms: Tensor
     first_step: float
     ys: Any = None
+    graph: Choice = ON_CPU
 
     @property
     def success(self) -> bool:

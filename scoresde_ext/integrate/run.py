@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .. import ops
+from .. import graphs, ops
 from .drift import Drift, Terms, Time
 from .results import RUNNING, Solution, SolverError, Status, describe
 
@@ -29,6 +29,7 @@ class Run:
     ROWS: ClassVar[dict[str, int]] = dict.fromkeys(
         ("status", "reached", "evaluations", "n_accepted", "n_rejected", "ys"), 0
     )
+    plan = graphs.Plan()
 
     def __init__(
         self,
@@ -80,6 +81,9 @@ class Run:
                 raise
             raise Raised from error
 
+    def between_steps(self) -> None:
+        """What the host has to do between two steps that a device makes."""
+
     # -- which samples
 
     @property
@@ -129,6 +133,7 @@ class Run:
             error_norms=_log(self.error_norms, self.reached),
             first_step=self.first_step,
             ys=None if dense is None else (dense if self.packed else dense[0]),
+            graph=self.plan.choice,
         )
 
     def solve(self, on_failure: str, angle: Any = None) -> Solution:

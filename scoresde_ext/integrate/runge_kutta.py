@@ -19,6 +19,7 @@ from ..reference import rows
 from .drift import Time
 from .results import Status
 from .run import Run, State, column, padded
+from .stepping import OnGrid, Stepping
 from .tableaus import Tableau
 
 Slopes = list[list[Tensor]]  # of every part of the state, those so far
@@ -91,13 +92,13 @@ class RungeKutta(Run):
             for y, y1, k in zip(self.ys, new, ks, strict=True)
         )
 
-    def error_norm(self, sums: Sequence[Any], n: int) -> Any:
-        """From the sums of squares of the method's estimates over ``n`` elements."""
+    def error_norm(self, sums: Sequence[Any], n: Any) -> Any:
+        """From the sums of squares of the method's estimates over ``n`` elements, at least one."""
         if len(sums) == 1:
-            return (sums[0] / max(n, 1)) ** 0.5
+            return (sums[0] / n) ** 0.5
         # Two estimates: err5^2 / sqrt((err5^2 + err3^2 / 100) n) (Hairer, Norsett, Wanner, eq. II.10.19)
         err5, err3 = sums
-        return err5 / (((err5 + 0.01 * err3) * max(n, 1)) ** 0.5 + 1e-300)
+        return err5 / (((err5 + 0.01 * err3) * n) ** 0.5 + 1e-300)
 
 
 def _polynomial(coefficients: Sequence[float], theta: Time) -> Time:
@@ -119,26 +120,21 @@ def initial_step(h0: float, d1: float, d2: float, order: int, interval: float) -
     return min(100 * h0, h1, interval)
 
 
-class FixedSteps(RungeKutta):
+class FixedSteps(OnGrid, RungeKutta):
     """Steps to the times of ``grid``."""
 
     def __init__(self, tableau: Tableau, grid: Sequence[float], *args: Any) -> None:
-        super().__init__(tableau, *args)
-        self.grid = grid
+        super().__init__(grid, tableau, *args)
+        self.evaluations_a_step = len(tableau.b)
 
     def integrate(self) -> None:
-        self.first_step = abs(self.grid[1] - self.grid[0])
+        self.drive()
+
+    def step(self) -> None:
+        """All steps."""
         for t, t_new in zip(self.grid, self.grid[1:], strict=False):
             self.ys, _ = self.stages(t, t_new, self.slopes(t, self.ys))
-            self.times.append(t_new)
-            self.step_sizes.append(abs(t_new - t))
-            self.end_as(self.lost(self.ys), Status.NOT_FINITE)
-            running = self.running
-            self.reached = torch.where(running, t_new, self.reached)
-            self.n_accepted += running
-            self.evaluations += running * len(self.tableau.b)
-            self.show(abs(t_new - self.start) / abs(self.end - self.start))
-        self.end_as(self.running, Status.SUCCESS)
+            self.end_step(t, t_new, self.ys)
 
 
 class _Failed(Exception):
@@ -148,7 +144,38 @@ class _Failed(Exception):
         self.which, self.status = which, status
 
 
-class Joint(RungeKutta):
+class OneNorm(RungeKutta):
+    """One norm for the batch: of the samples that run, as if there were no others."""
+
+    def count_elements(self) -> None:
+        self.whole = bool(self.running.all())
+        self.elements = int(self.running.sum()) * sum(math.prod(y.shape[1:]) for y in self.ys)
+
+    def norm(self, sums: Tensor) -> float:
+        return float((sums if self.whole else sums[self.running]).sum())
+
+    def rms(self, ks: Sequence[Sequence[Tensor]], e: Sequence[float]) -> float:
+        return math.sqrt(self.norm(self.squares(self.ys, ks, e, 1.0)) / max(self.elements, 1))
+
+    def first_step_of_all(self, t: Time, slopes: State) -> float:
+        """scipy's rule; one evaluation."""
+        interval = abs(self.end - self.start)
+        d0, d1 = self.rms([[y] for y in self.ys], (1.0,)), self.rms([[k] for k in slopes], (1.0,))
+        self.check(d0 + d1, slopes)
+        h0 = initial_guess(d0, d1, interval)
+        ahead = tuple(ops.rk_stage(y, [k], (1.0,), h0 * self.direction) for y, k in zip(self.ys, slopes, strict=True))
+        other = self.slopes(t + h0 * self.direction, ahead)
+        d2 = self.rms([[k, k1] for k, k1 in zip(slopes, other, strict=True)], (-1.0, 1.0)) / h0
+        self.check(d2, (*slopes, *other))
+        return initial_step(h0, d1, d2, self.tableau.error_order, interval)
+
+    def check(self, norm: float, arrays: Sequence[Tensor]) -> None:
+        if not math.isfinite(norm):
+            which = self.lost(tuple(arrays)) & self.running
+            raise _Failed(which if bool(which.any()) else self.running, Status.NOT_FINITE)
+
+
+class Joint(OneNorm):
     """One step size for the batch, and scipy's decisions.
 
     Where samples fail, the others are integrated again from the start, with the failed ones left out of every norm: as
@@ -164,8 +191,7 @@ class Joint(RungeKutta):
 
     def integrate(self) -> None:
         while bool(self.running.any()):
-            self.whole = bool(self.running.all())
-            self.size = int(self.running.sum()) * sum(math.prod(y.shape[1:]) for y in self.ys)
+            self.count_elements()
             before = self.nfe
             self.t, self.ys, self.times, self.step_sizes, self.error_norms = self.start, self.y0, [self.start], [], []
             status = Status.SUCCESS
@@ -185,33 +211,10 @@ class Joint(RungeKutta):
                     counts[running] = value
             self.end_as(which, status)
 
-    def norm(self, sums: Tensor) -> float:
-        return float((sums if self.whole else sums[self.running]).sum())
-
-    def rms(self, ks: Sequence[Sequence[Tensor]], e: Sequence[float]) -> float:
-        return math.sqrt(self.norm(self.squares(self.ys, ks, e, 1.0)) / max(self.size, 1))
-
-    def choose_first_step(self, slopes: State) -> float:
-        """scipy's rule; one evaluation."""
-        interval = abs(self.end - self.start)
-        d0, d1 = self.rms([[y] for y in self.ys], (1.0,)), self.rms([[k] for k in slopes], (1.0,))
-        self.check(d0 + d1, slopes)
-        h0 = initial_guess(d0, d1, interval)
-        ahead = tuple(ops.rk_stage(y, [k], (1.0,), h0 * self.direction) for y, k in zip(self.ys, slopes, strict=True))
-        other = self.slopes(self.t + h0 * self.direction, ahead)
-        d2 = self.rms([[k, k1] for k, k1 in zip(slopes, other, strict=True)], (-1.0, 1.0)) / h0
-        self.check(d2, (*slopes, *other))
-        return initial_step(h0, d1, d2, self.tableau.error_order, interval)
-
-    def check(self, norm: float, arrays: Sequence[Tensor]) -> None:
-        if not math.isfinite(norm):
-            which = self.lost(tuple(arrays)) & self.running
-            raise _Failed(which if bool(which.any()) else self.running, Status.NOT_FINITE)
-
     def to_the_end(self) -> None:
         self.previous_norm = 1.0
         slopes = self.slopes(self.t, self.ys)
-        h = self.choose_first_step(slopes) if self.given_step is None else float(self.given_step)
+        h = self.first_step_of_all(self.t, slopes) if self.given_step is None else float(self.given_step)
         self.first_step = h
         self.recorded = 0
         while self.t != self.end:
@@ -233,7 +236,7 @@ class Joint(RungeKutta):
             h = abs(t_new - self.t)
             new, ks = self.attempt(self.t, t_new, slopes)
             sums = [self.norm(self.squares(new, ks, e, t_new - self.t)) for e in self.tableau.errors]
-            norm = self.error_norm(sums, self.size)
+            norm = self.error_norm(sums, max(self.elements, 1))
             self.step_sizes.append(h)
             self.error_norms.append(norm)
             arrays = ()
@@ -284,9 +287,12 @@ def nan_alone(arrays: Sequence[Tensor]) -> Tensor:
     return nan & ~torch.stack([v.isinf().any(1) for v in flat]).any(0)
 
 
-class PerSample(RungeKutta):
+class PerSample(Stepping, RungeKutta):
     """Every sample has its own time, step size, norm and decisions: what comes out for it does not depend on the rest
     of the batch."""
+
+    STATE = (*Stepping.STATE, "slope", "target", "previous_norm")
+    ROWS = Stepping.ROWS | dict.fromkeys(("slope", "previous_norm"), 0)
 
     def __init__(
         self, tableau: Tableau, rtol: float, atol: float, first_step: float | None, pi: bool, *args: Any
@@ -294,71 +300,97 @@ class PerSample(RungeKutta):
         super().__init__(tableau, *args)
         self.rtol, self.atol, self.given_step, self.pi = rtol, atol, first_step, pi
         self.exponent = -1.0 / (tableau.error_order + 1)
+        self.evaluations_a_step = len(tableau.b)
         self.size = sum(math.prod(y.shape[1:]) for y in self.ys)
-
-    ROWS = Run.ROWS | dict.fromkeys(("t", "first", "h", "rejected", "previous_norm", "overflow"), 0)
 
     def integrate(self) -> None:
         self.begin()
-        while self.step():
-            pass
+        self.drive()
 
     def begin(self) -> None:
-        """The slopes at the start, and the first step sizes."""
-        self.t = t = self.reached
-        self.first = self.slopes(t, self.ys)
-        self.evaluations += 1
+        self.start_stepping(self.reached if self.per_sample else self.reached.new_full((1,), self.start))
+        self.ys = self.y0 if self.on_host else tuple(y.clone() for y in self.y0)
+        self.slope = self.slopes(self.t, self.ys)
+        self.evaluations += self.running
         given = self.given_step
-        self.h = torch.full_like(t, given) if given is not None else self.choose_first_step(t, self.first)
-        self.first_step = float(self.h.min()) if len(t) else 0.0
-        self.rejected = torch.zeros_like(t, dtype=torch.bool)
-        self.previous_norm = torch.ones_like(t)
-        self.overflow = torch.zeros_like(self.rejected)
+        self.h = torch.full_like(self.t, given) if given is not None else self.choose_first_step(self.t, self.slope)
+        self.first_step = float(self.h.min()) if len(self.h) else 0.0
+        self.target, self.previous_norm = self.t, torch.ones_like(self.t)
+        self.give_up(self.on_their_way())
 
-    def step(self) -> bool:
-        """One attempted step of every sample that runs; False where none can."""
-        t, rejected = self.t, self.rejected
-        smallest = 10 * (torch.nextafter(t, torch.full_like(t, self.direction * math.inf)) - t).abs()
-        h = torch.where(rejected, self.h, torch.maximum(self.h, smallest))
-        self.end_as(self.overflow & (h < smallest), Status.NOT_FINITE)
-        self.end_as(h < smallest, Status.STEP_SIZE)
-        self.end_as(self.n_accepted + self.n_rejected >= self.max_steps, Status.MAX_STEPS)
-        running = self.running
-        if not bool(running.any()):
-            return False
-        t_new = t + self.direction * h
+    def smallest(self) -> Tensor:
+        """Steps below this are lost in the spacing of the times."""
+        return 10 * (torch.nextafter(self.t, torch.full_like(self.t, self.direction * math.inf)) - self.t).abs()
+
+    def give_up(self, which: Tensor) -> None:
+        """Rows of ``which`` that cannot go on end. Steps begin no smaller than :meth:`smallest`."""
+        smallest = self.smallest()
+        self.h = torch.where(self.rejected, self.h, torch.maximum(self.h, smallest))
+        self.end_rows(which & (self.h < smallest), which & (self.attempts >= self.max_steps))
+
+    def end_rows(self, tiny: Tensor, spent: Tensor) -> None:
+        self.end_as(self.overflow & tiny, Status.NOT_FINITE)
+        self.end_as(tiny, Status.STEP_SIZE)
+        self.end_as(spent, Status.MAX_STEPS)
+
+    def error_norms_of(self, new: State, ks: Slopes, h: Tensor) -> Tensor:
+        """``(R,)``, error over tolerance."""
+        sums = [self.squares(new, ks, e, h) for e in self.tableau.errors]
+        return self.error_norm(sums, max(self.size, 1))
+
+    def step(self) -> None:
+        """One attempted step of every row."""
+        active, t, ys = self.active(), self.t, self.ys
+        t_new = t + self.direction * self.h
         t_new = torch.where(self.direction * (t_new - self.end) > 0, self.end, t_new)
-        t_new = torch.where(running, t_new, t)  # a sample that is done stays where it is
-        h = torch.where(running, (t_new - t).abs(), h)
-        new, ks = self.attempt(t, t_new, self.first)
-        norm = self.error_norm([self.squares(new, ks, e, t_new - t) for e in self.tableau.errors], self.size)
+        t_new = torch.where(active, t_new, t)  # a row that is done stays where it is
+        h = torch.where(active, (t_new - t).abs(), self.h)
+        new, ks = self.attempt(t, t_new, self.slope)
+        norm = self.error_norms_of(new, ks, t_new - t)
         exponent = 0.7 * self.exponent if self.pi else self.exponent
-        decision = ops.rk_control(norm, h, rejected, exponent)
-        accepted = (decision[0] > 0) & running
-        self.overflow = ~norm.isfinite() & running
-        if bool(self.overflow.any()):
-            self.end_as(self.overflow & nan_alone([*new, *(k for part in ks for k in part)]), Status.NOT_FINITE)
-        self.evaluations += running * len(self.tableau.b)
-        self.n_accepted += accepted
-        self.n_rejected += running & ~accepted
-        self.step_sizes.append(torch.where(running, h, math.nan))
-        self.error_norms.append(torch.where(running, norm, math.nan))
+        decision = ops.rk_control(norm, h, self.rejected, exponent)
+        accepted = (decision[0] > 0) & active
+        t_after = torch.where(accepted, t_new, t)
+        self.note(torch.where(active, h, math.nan), torch.where(active, norm, math.nan), t_after, active, accepted)
+        overflow = ~norm.isfinite() & active
+        if not self.on_host:
+            self.look = self.look | overflow.any()
+            self.target = torch.where(active, t_new, self.target)
+        elif bool(overflow.any()):
+            self.end_as(overflow & nan_alone([*new, *(k for part in ks for k in part)]), Status.NOT_FINITE)
         if self.dense is not None:
             self.record(t, t_new, accepted, new, ks)
         h_next = decision[1]
         if self.pi:
             (damping,) = padded(lambda norm: (norm ** (-0.4 * self.exponent),), self.previous_norm)
             growth = (h_next / h * damping).clamp(max=10.0)
-            h_next = torch.where(accepted, h * torch.where(rejected, growth.clamp(max=1.0), growth), h_next)
+            h_next = torch.where(accepted, h * torch.where(self.rejected, growth.clamp(max=1.0), growth), h_next)
             self.previous_norm = torch.where(accepted, norm.clamp(min=1e-4), self.previous_norm)
-        self.ys = tuple(torch.where(column(accepted, y), y1, y) for y, y1 in zip(self.ys, new, strict=True))
-        self.first = tuple(torch.where(column(accepted, k0), k[-1], k0) for k0, k in zip(self.first, ks, strict=True))
-        self.t = self.reached = torch.where(accepted, t_new, t)
-        self.h, self.rejected = torch.where(running, h_next, h), running & ~accepted
-        self.times.append(self.t)
+        self.ys = tuple(self.chosen(accepted, y1, y) for y, y1 in zip(ys, new, strict=True))
+        self.slope = tuple(self.chosen(accepted, k[-1], k0) for k0, k in zip(self.slope, ks, strict=True))
+        self.t = t_after
+        self.h = torch.where(active, h_next, h)
+        self.rejected = torch.where(active, ~accepted, self.rejected)
+        self.overflow = torch.where(active, overflow, self.overflow)
+        self.reached = torch.where(self.of_batch(active) & self.running, self.of_batch(self.t), self.reached)
+        self.arrive()
+        self.give_up(active if self.on_host else active & ~overflow)
+        self.go_on()
+
+    def arrive(self) -> None:
         self.end_as(self.t == self.end, Status.SUCCESS)
-        self.show(1.0 - float(self.running.double().mean()))
-        return True
+        if self.on_host:
+            self.show_progress()
+
+    def attend(self) -> None:
+        """The attempt that overflowed is made again to see what it gave, from the state that it left as it was."""
+        before, t_new = self.nfe, torch.where(self.overflow, self.target, self.t)
+        new, ks = self.attempt(self.t, t_new, self.slope)
+        self.nfe = before
+        self.end_as(
+            self.of_batch(self.overflow) & nan_alone([*new, *(k for part in ks for k in part)]), Status.NOT_FINITE
+        )
+        self.give_up(self.on_their_way())
 
     def choose_first_step(self, t: Tensor, slopes: State) -> Tensor:
         """scipy's rule for every sample; one evaluation. Python's floats: the few numbers are taken one by one, so that
@@ -392,8 +424,72 @@ class PerSample(RungeKutta):
         h = t_new - t
         for i, at in enumerate(self.t_eval):
             inside = accepted & (self.direction * (at - t) > 0) & (self.direction * (at - t_new) <= 0)
-            if bool(inside.any()):
+            if self.maybe(inside):
                 between = self.interpolate(torch.where(inside, (at - t) / h, 0.0), h, new, ks)
                 for kept, y1, y in zip(self.dense or (), new, between, strict=True):
                     value = torch.where(column(t_new == at, y), y1, y)
                     kept[i] = torch.where(column(inside, y), value, kept[i])
+
+
+class JointOnDevice(OneNorm, PerSample):
+    """What :class:`Joint` does, on a device: one row of numbers for the batch."""
+
+    STATE = (*PerSample.STATE, "spoilt")
+
+    per_sample = False
+
+    def integrate(self) -> None:
+        while bool(self.running.any()):
+            self.count_elements()
+            self.times, self.step_sizes, self.error_norms = [self.start], [], []
+            for counts in (self.evaluations, self.n_accepted, self.n_rejected):
+                counts[self.running] = 0
+            self.reached = torch.where(self.running, self.start, self.reached)
+            self.ys, self.without = self.y0, False
+            try:
+                self.begin()
+                self.drive()
+            except _Failed as failed:
+                self.end_as(failed.which, failed.status)
+            else:
+                self.settle()
+
+    def begin(self) -> None:
+        self.spoilt = torch.zeros_like(self.running)  # samples that were not finite in the last step
+        super().begin()
+
+    def choose_first_step(self, t: Tensor, slopes: State) -> Tensor:
+        h = self.first_step_of_all(t, slopes)
+        self.evaluations += self.running
+        return torch.full_like(t, h)
+
+    def error_norms_of(self, new: State, ks: Slopes, h: Tensor) -> Tensor:
+        each, running = [self.squares(new, ks, e, h) for e in self.tableau.errors], self.running
+        spoilt = ~torch.stack(each).isfinite().all(0)
+        self.spoilt = torch.where(self.active(), spoilt, self.spoilt)
+        sums = [torch.where(running, v, 0.0).sum()[None] for v in each]
+        return self.error_norm(sums, (running.sum() * self.size).clamp(min=1))
+
+    def end_rows(self, tiny: Tensor, spent: Tensor) -> None:
+        self.stop = self.stop | tiny | spent
+
+    def arrive(self) -> None:
+        """Samples end when the batch has."""
+
+    def attend(self) -> None:
+        running = self.running
+        super().attend()
+        self.without = not torch.equal(running, self.running)
+        self.stop = self.stop | self.without
+
+    def settle(self) -> None:
+        """The end of the batch: samples that were lost end, and the others start again; or all end."""
+        if self.without:
+            return
+        lost = self.spoilt & self.running if bool(self.overflow) else torch.zeros_like(self.running)
+        if bool(self.t == self.end):
+            self.end_as(self.running, Status.SUCCESS)
+        elif bool(lost.any()):
+            self.end_as(lost, Status.NOT_FINITE)
+        else:
+            self.end_as(self.running, Status.STEP_SIZE if bool(self.h < self.smallest()) else Status.MAX_STEPS)

@@ -169,7 +169,7 @@ def make_score_fn(sde: sde_lib.SDE, network: Callable[[Tensor, Tensor], Tensor],
 
         def discrete_std(t: Tensor) -> Tensor:
             labels = (t * (sde.N - 1)).long()
-            return sde.sqrt_1m_alphas_cumprod.to(t.device)[labels].to(t.dtype)
+            return sde.table("sqrt_1m_alphas_cumprod", t)[labels]
 
         return ScoreFunction(sde, network, lambda t: t * (sde.N - 1), lambda t: -1.0 / discrete_std(t))
     if isinstance(sde, sde_lib.VESDE):

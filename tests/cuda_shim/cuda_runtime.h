@@ -7,10 +7,13 @@
 #include <chrono>
 #include <cstdint>
 #include <cstring>
+#include <functional>
+#include <memory>
 #include <thread>
 #include <vector>
 
 #define __CUDA_ARCH__ 900  // a fused multiply-add is one
+#define CUDART_VERSION 13000
 #define __global__
 #define __device__
 #define __forceinline__ inline
@@ -149,3 +152,98 @@ cudaError_t cudaLaunchKernel(void (*kernel)(Args), dim3 grid, dim3 block, void**
   });
   return cudaSuccess;
 }
+
+// ---- graphs ----
+// A graph is a list of what its nodes do, in an order that their dependencies allow: kernels of one thread, other
+// graphs, and loops.
+
+namespace shim {
+
+struct Graph {
+  std::vector<std::function<void()>> nodes;
+  std::vector<std::unique_ptr<Graph>> bodies;  // of loops
+
+  std::function<void()>* add(std::function<void()> node) {
+    nodes.push_back(std::move(node));
+    return &nodes.back();
+  }
+  void run() const {
+    for (const auto& node : nodes) node();
+  }
+};
+
+}  // namespace shim
+
+using cudaGraph_t = shim::Graph*;
+using cudaGraphExec_t = shim::Graph*;
+using cudaGraphNode_t = std::function<void()>*;
+using cudaGraphConditionalHandle = unsigned long long;
+enum cudaGraphNodeType { cudaGraphNodeTypeConditional = 13 };
+enum cudaGraphConditionalNodeType { cudaGraphCondTypeWhile = 1 };
+constexpr unsigned cudaGraphCondAssignDefault = 1;
+struct cudaGraphNodeParams {
+  cudaGraphNodeType type;
+  struct {
+    cudaGraphConditionalHandle handle;
+    cudaGraphConditionalNodeType type;
+    unsigned size;
+    cudaGraph_t* phGraph_out;
+  } conditional;
+};
+struct cudaKernelNodeParams {
+  void* func;
+  dim3 gridDim, blockDim;
+  void** kernelParams;
+};
+
+namespace shim {
+inline unsigned condition, condition_at_launch;  // of the one loop there is
+inline cudaGraph_t body;
+}  // namespace shim
+
+inline void cudaGraphSetConditional(cudaGraphConditionalHandle, unsigned value) { shim::condition = value; }
+inline cudaError_t cudaDriverGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
+inline cudaError_t cudaGraphCreate(cudaGraph_t* graph, unsigned) { return *graph = new shim::Graph, cudaSuccess; }
+inline cudaError_t cudaGraphDestroy(cudaGraph_t graph) { return delete graph, cudaSuccess; }
+inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t graph) { return delete graph, cudaSuccess; }
+inline cudaError_t cudaGraphConditionalHandleCreate(cudaGraphConditionalHandle* handle, cudaGraph_t, unsigned value,
+                                                    unsigned flags) {
+  *handle = 1, shim::condition_at_launch = value;
+  return flags == cudaGraphCondAssignDefault ? cudaSuccess : cudaErrorInvalidValue;
+}
+inline cudaError_t cudaGraphAddNode(cudaGraphNode_t* node, cudaGraph_t graph, const cudaGraphNode_t*, const void*,
+                                    size_t, cudaGraphNodeParams* params) {
+  auto& loop = params->conditional;
+  if (params->type != cudaGraphNodeTypeConditional || loop.type != cudaGraphCondTypeWhile || loop.size != 1) {
+    return cudaErrorInvalidValue;
+  }
+  graph->bodies.push_back(std::make_unique<shim::Graph>());
+  shim::body = graph->bodies.back().get();
+  loop.phGraph_out = &shim::body;
+  *node = graph->add([body = shim::body] {
+    for (shim::condition = shim::condition_at_launch; shim::condition;) body->run();
+  });
+  return cudaSuccess;
+}
+inline cudaError_t cudaGraphAddChildGraphNode(cudaGraphNode_t* node, cudaGraph_t graph, const cudaGraphNode_t*, size_t,
+                                              cudaGraph_t child) {
+  *node = graph->add([nodes = child->nodes] {
+    for (const auto& copied : nodes) copied();
+  });
+  return cudaSuccess;
+}
+// The kernel of this file that a graph has: its arguments are copied, as a node's are.
+inline cudaError_t cudaGraphAddKernelNode(cudaGraphNode_t* node, cudaGraph_t graph, const cudaGraphNode_t*, size_t,
+                                          const cudaKernelNodeParams* params) {
+  auto* kernel = reinterpret_cast<void (*)(cudaGraphConditionalHandle, const int32_t*)>(params->func);
+  const auto handle = *static_cast<const cudaGraphConditionalHandle*>(params->kernelParams[0]);
+  const auto* flag = *static_cast<const int32_t* const*>(params->kernelParams[1]);
+  if (params->gridDim.x * params->blockDim.x != 1) return cudaErrorInvalidConfiguration;
+  *node = graph->add([=] { kernel(handle, flag); });
+  return cudaSuccess;
+}
+inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t* instance, cudaGraph_t graph, unsigned long long) {
+  *instance = new shim::Graph(std::move(*graph));
+  return cudaSuccess;
+}
+inline cudaError_t cudaGraphLaunch(cudaGraphExec_t instance, cudaStream_t) { return instance->run(), cudaSuccess; }

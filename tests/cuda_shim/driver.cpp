@@ -15,6 +15,7 @@
 #include <string>
 
 #include "kernels/cuda.cu"
+#include "kernels/cuda_graph.cu"
 
 namespace {
 
@@ -30,6 +31,7 @@ class Call {
   }
 
   int64_t integer(const std::string& name) const { return std::stoll(numbers_.at(name)); }
+  int64_t integer_or_0(const std::string& name) const { return numbers_.count(name) ? integer(name) : 0; }
   double real(const std::string& name) const { return std::stod(numbers_.at(name)); }
   DType dtype() const { return static_cast<DType>(integer("dtype")); }
 
@@ -40,10 +42,11 @@ class Call {
     return found == arrays_.end() ? nullptr : reinterpret_cast<T*>(found->second.start.get() + found->second.shift);
   }
   Coefficient coefficient(const std::string& name) const {
-    return {array(name), numbers_.count(name + ".stride") ? integer(name + ".stride") : 0};
+    return {array(name), integer_or_0(name + ".stride"), integer_or_0(name + ".double") != 0};
   }
   Noise noise() const {
-    return {array("z"), array<int64_t>("key"), array<int64_t>("ids"), numbers_.count("draw") ? integer("draw") : 0};
+    return {array("z"),           array<int64_t>("key"),    array<int64_t>("ids"),
+            integer_or_0("draw"), integer_or_0("channels"), integer_or_0("pixels")};
   }
   int32_t slopes(const void** k, double* weights, const char* name) const {
     const int32_t n = static_cast<int32_t>(integer("stages"));
@@ -63,7 +66,23 @@ class Call {
   std::map<std::string, Memory> arrays_;
 };
 
+// A loop on the device over a step that counts, and clears the flag when it has counted `enough`, `launches` times.
+int run_loop(int64_t enough, int64_t launches, int32_t* flag, int32_t* count) {
+  shim::Graph step;
+  step.add([=] { *flag = ++*count < enough; });
+  void* loop;
+  int error = cuda_loop_create(&step, flag, &loop);
+  step.nodes.clear();  // the loop has a copy
+  *count = 0;
+  for (; error == 0 && launches > 0; --launches) error = cuda_loop_launch(loop, nullptr);
+  return error ? error : cuda_loop_destroy(loop);
+}
+
 int run(const std::string& kernel, const Call& call) {
+  if (kernel == "loop") {
+    return run_loop(call.integer("enough"), call.integer("launches"), call.array<int32_t>("flag"),
+                    call.array<int32_t>("count"));
+  }
   const int64_t rows = call.integer("rows"), cols = kernel == "control" ? 1 : call.integer("cols");
   if (kernel == "affine") {
     const AffineArgs args{call.dtype(),
@@ -100,7 +119,7 @@ int run(const std::string& kernel, const Call& call) {
     args.n_results = static_cast<int32_t>(call.integer("n_results"));
     for (int32_t k = 0; k < args.n_terms; ++k) args.arrays[k] = call.array("array" + std::to_string(k));
     for (int32_t m = 0; m < args.n_results; ++m) args.results[m] = call.array("result" + std::to_string(m));
-    args.c = {call.array("c"), call.integer("c_double") != 0, call.integer("c_m.stride"), call.integer("c_k.stride"),
+    args.c = {call.array("c"), call.integer("c_in_f64") != 0, call.integer("c_m.stride"), call.integer("c_k.stride"),
               call.integer("c_row.stride")};
     return cuda_launch(args, nullptr);
   }
