@@ -179,7 +179,7 @@ def put(run: Any, rows: Tensor, other: Any, other_rows: Tensor) -> None:
 
 
 def each(function: Callable[..., Tensor], axis: int, value: Any, *others: Any) -> Any:
-    """``function(tensor, axis, *tensors)`` for the tensors in a tuple, a list, or an object with ``ROWS``; None stays."""
+    """``function(tensor, axis, *tensors)`` for the tensors in a tuple, a list, or an object with ``ROWS``."""
     if value is None:
         return None
     if isinstance(value, Tensor):
