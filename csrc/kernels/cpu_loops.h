@@ -6,6 +6,7 @@
 // either one number for the tile (a piece of a long row) or spread to one number an element (several short rows).
 
 #include "kernels/arguments.h"
+#include "kernels/cpu_normals.h"
 #include "math/affine.h"
 #include "math/runge_kutta.h"
 
@@ -124,32 +125,38 @@ void with_coefficient(Coefficient c, const Tile& t, int64_t cols, Body body) {
 
 // ---- noise ----
 
-// The Philox blocks of a tile: which block of which stream. A row's last block may stick out of the row.
-struct Blocks {
-  static constexpr int64_t most = tile_size / 4;
-  int64_t n;
-  alignas(64) uint32_t block[most], id_low[most], id_high[most];
-};
-
-// Kept out of line: one copy of the loop for all kernels. Results come one array a word, so that the loop is a plain
-// vector loop.
-__attribute__((noinline)) inline void normals_of_blocks(uint64_t seed, uint32_t draw, const Blocks& b,
-                                                        float (&z)[4][Blocks::most]) {
-  for (int64_t i = 0; i < b.n; ++i) {
-    const Words w = philox({b.block[i], draw, b.id_low[i], b.id_high[i]}, static_cast<uint32_t>(seed),
-                           static_cast<uint32_t>(seed >> 32));
-    const Pair first = normals_from(w.x, w.y), second = normals_from(w.z, w.w);
-    z[0][i] = first.a;
-    z[1][i] = first.b;
-    z[2][i] = second.a;
-    z[3][i] = second.b;
+// The normals of `rows` rows of `cols` columns from one array a word of their blocks. Loops over a few columns are
+// vectorised only where their number is a constant: `few`, or 0.
+template <int few>
+void order_by_element(const float (&words)[4][Blocks::most], int64_t rows, int64_t cols, float* z) {
+  if constexpr (few > 0) {
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t j = 0; j < few; ++j) z[r * few + j] = words[j][r];
+    }
+    return;
+  }
+  const int64_t whole = cols / 4, blocks = (cols + 3) / 4;
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t k = 0; k < whole; ++k) {
+      for (int64_t l = 0; l < 4; ++l) z[r * cols + 4 * k + l] = words[l][r * blocks + k];
+    }
+    for (int64_t j = 4 * whole; j < cols; ++j) z[r * cols + j] = words[j % 4][r * blocks + whole];
   }
 }
 
 // Standard normals of a tile, in element order.
-template <class A>
-void fill_normals(const Noise& noise, const Tile& t, int64_t cols, A* __restrict z) {
-  const int64_t width = t.rows == 1 ? t.n : cols, blocks = (width + 3) / 4;
+inline void fill_normals(const Noise& noise, const Tile& t, int64_t cols, float* z) {
+  const int64_t width = t.rows == 1 ? t.n : cols;
+#ifdef SCORESDE_VECTOR
+  constexpr int64_t group = 4 * group_blocks;
+  if (t.rows == 1 || width % group == 0 || width >= 2 * group) {
+    for (int64_t r = 0; r < t.rows; ++r) {
+      normals_of_stream(stream_of(noise, t.row + r), static_cast<uint32_t>(t.col / 4), width, z + r * width);
+    }
+    return;
+  }
+#endif
+  const int64_t blocks = (width + 3) / 4;
   Blocks b;
   b.n = t.rows * blocks;
   for (int64_t r = 0; r < t.rows; ++r) {
@@ -162,13 +169,22 @@ void fill_normals(const Noise& noise, const Tile& t, int64_t cols, A* __restrict
   }
   alignas(64) float words[4][Blocks::most];
   const Stream s = stream_of(noise, t.row);
-  normals_of_blocks(s.seed, s.draw, b, words);
-  for (int64_t r = 0; r < t.rows; ++r) {
-    const int64_t first = r * blocks, whole = width / 4;
-    for (int64_t k = 0; k < whole; ++k) {
-      for (int64_t l = 0; l < 4; ++l) z[r * width + 4 * k + l] = words[l][first + k];
-    }
-    for (int64_t j = 4 * whole; j < width; ++j) z[r * width + j] = words[j % 4][first + whole];
+  if (width <= 2) {
+    normals_of_blocks<true>(s.seed, s.draw, b, words);
+  } else {
+    normals_of_blocks<false>(s.seed, s.draw, b, words);
+  }
+  switch (width) {
+    case 1:
+      return order_by_element<1>(words, t.rows, width, z);
+    case 2:
+      return order_by_element<2>(words, t.rows, width, z);
+    case 3:
+      return order_by_element<3>(words, t.rows, width, z);
+    case 4:
+      return order_by_element<4>(words, t.rows, width, z);
+    default:
+      return order_by_element<0>(words, t.rows, width, z);
   }
 }
 
@@ -176,7 +192,13 @@ void fill_normals(const Noise& noise, const Tile& t, int64_t cols, A* __restrict
 template <class T, class A>
 const A* load_noise(const Noise& noise, const Tile& t, int64_t cols, Scratch<A>& scratch) {
   if (noise.array) return load<T, A>(noise.array, t, scratch);
-  fill_normals(noise, t, cols, scratch.values);
+  if constexpr (sizeof(A) == sizeof(float)) {
+    fill_normals(noise, t, cols, scratch.values);
+  } else {
+    Scratch<float> single;
+    fill_normals(noise, t, cols, single.values);
+    for (int64_t i = 0; i < t.n; ++i) scratch.values[i] = single.values[i];
+  }
   return scratch.values;
 }
 
