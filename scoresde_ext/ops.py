@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _C, reference
+from . import reference
 from .reference import Draw
 
 _ops = torch.ops.scoresde_ext
@@ -338,7 +338,7 @@ def materialize(draw: Draw, like: Tensor) -> Tensor:
     return noise_normal(draw.key, draw.ids, draw.draw, like.shape).to(like.dtype)
 
 
-# ---- registration: shapes for tracing, derivatives ----
+# ---- registration: shapes for tracing (csrc/torch/autograd.cpp has the derivatives) ----
 
 
 def _register_fakes() -> None:
@@ -366,89 +366,4 @@ def _register_fakes() -> None:
     fake("scoresde_ext::noise_integers")(lambda key, ids, draw, size, high: key.new_empty(size))
 
 
-def _register_derivatives() -> None:
-    def scaled(g: Tensor | None, c: Tensor | None, wanted: bool) -> Tensor | None:
-        return affine(g, None, c) if wanted and g is not None and c is not None else None
-
-    def affine_setup(ctx, inputs, output):
-        x, out, p, q = inputs
-        ctx.save_for_backward(p, q)
-
-    def affine_backward(ctx, g):
-        p, q = ctx.saved_tensors
-        return scaled(g, p, ctx.needs_input_grad[0]), scaled(g, q, ctx.needs_input_grad[1]), None, None
-
-    def noise_setup(ctx, inputs, output):
-        x, out, p, q, n, z, key, ids, draw = inputs
-        ctx.save_for_backward(p, q, n)
-        ctx.set_materialize_grads(False)
-
-    def noise_backward(ctx, g_mean, g_next):
-        p, q, n = ctx.saved_tensors
-        parts = [g for g in (g_mean, g_next) if g is not None]
-        g = sum(parts[1:], parts[0]) if parts else None
-        wants = ctx.needs_input_grad
-        return (
-            scaled(g, p, wants[0]),
-            scaled(g, q, wants[1]),
-            None,
-            None,
-            None,
-            scaled(g_next, n, wants[5]),
-            None,
-            None,
-            None,
-        )
-
-    def perturb_setup(ctx, inputs, output):
-        x, m, s, z, key, ids, draw = inputs
-        ctx.save_for_backward(m, s)
-
-    def perturb_backward(ctx, g):
-        m, s = ctx.saved_tensors
-        return (
-            scaled(g, m, ctx.needs_input_grad[0]),
-            None,
-            None,
-            scaled(g, s, ctx.needs_input_grad[3]),
-            None,
-            None,
-            None,
-        )
-
-    def loss_setup(ctx, inputs, output):
-        out, c, d, w, z, key, ids, draw, with_grad = inputs
-        ctx.save_for_backward(output[1], c, w)
-        ctx.with_grad = with_grad
-        ctx.set_materialize_grads(False)
-
-    def loss_backward(ctx, g_loss, g_kept):
-        if not ctx.with_grad:
-            raise RuntimeError(
-                "score_loss: no gradient was kept. Call it with with_grad=True where out requires a gradient."
-            )
-        kept, c, w = ctx.saved_tensors
-        weighted = kept.dtype in (torch.float32, torch.float64)
-        total = None
-        if g_loss is not None:
-            # The usual case, all ones, needs no pass over memory: the kept gradient itself is handed on. Not where the
-            # graph is kept for another backward, which what becomes of it then would disturb.
-            shortcut = weighted and type(g_loss) is Tensor and g_loss.is_cpu and not _C.graph_is_kept()
-            if shortcut and bool((g_loss == 1).all()):
-                total = kept
-            else:
-                total = affine(kept, None, g_loss if weighted else g_loss * w)
-        if g_kept is not None:  # what is kept is itself an output, with derivative 2 c^2 w (or 2 c^2)
-            curvature = affine(g_kept, None, 2 * c * c * w if weighted else 2 * c * c)
-            total = curvature if total is None else total + curvature
-        return total, None, None, None, None, None, None, None, None
-
-    register = torch.library.register_autograd
-    register("scoresde_ext::affine", affine_backward, setup_context=affine_setup)
-    register("scoresde_ext::affine_noise", noise_backward, setup_context=noise_setup)
-    register("scoresde_ext::perturb", perturb_backward, setup_context=perturb_setup)
-    register("scoresde_ext::score_loss", loss_backward, setup_context=loss_setup)
-
-
 _register_fakes()
-_register_derivatives()
