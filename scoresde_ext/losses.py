@@ -113,11 +113,12 @@ def get_sde_loss_fn(
         if not is_affine(sde):
             return _plain_loss(sde, score_fn, batch, t, ops.materialize(draw, batch), likelihood_weighting, weight)
         m, std = sde.marginal_coefficients(t)
-        out, k = score_fn.terms(ops.perturb(batch, m, std, draw), t)
-        if likelihood_weighting:  # (score + z / std)^2 g^2
-            g = sde.sde_coefficients(t)[1]
-            return ops.score_loss(out, k, 1.0 / std, weight * g * g, draw).sum()
-        return ops.score_loss(out, k * std, 1.0, weight, draw).sum()  # (score std + z)^2
+        out = score_fn.network(ops.perturb(batch, m, std, draw), score_fn.labels(t))
+        k = -1.0 if score_fn.predicts_noise else score_fn.coefficient(t) * std  # score std = k out
+        if likelihood_weighting:  # (score + z / std)^2 g^2 = (score std + z)^2 (g / std)^2
+            ratio = sde.sde_coefficients(t)[1] / std
+            return ops.score_loss(out, k, 1.0, weight * ratio * ratio, draw).sum()
+        return ops.score_loss(out, k, 1.0, weight, draw).sum()  # (score std + z)^2
 
     return loss_fn
 
