@@ -104,7 +104,15 @@ def _network(out: Any, q: Any, x: Tensor) -> tuple[Tensor | None, Tensor | None]
     return (None, None) if out is None else (_array("out", out, x), _number("q", q, x))
 
 
-def _noise(draw: Any, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, int]:
+def _noise(draw: Any, x: Tensor, kept: bool = False) -> tuple[Tensor | None, Tensor | None, Tensor | None, int]:
+    """``kept``: whether the draw may be one of :func:`perturb_keeping`."""
+    if kept and isinstance(draw, Draw) and draw.z is not None and draw.key is not None:
+        if draw.z.shape[1:] != x.shape[1:] or len(draw.z) > len(x):
+            raise ValueError(
+                f"draw: expected either an array z or a key, or both of perturb_keeping for {tuple(x.shape)}, "
+                f"got a key and z of shape {tuple(draw.z.shape)}."
+            )
+        return draw.z, *_streams(draw.key, draw.ids, x.device), draw.draw
     if not isinstance(draw, Draw) or (draw.z is None) == (draw.key is None):
         raise ValueError(f"draw: expected a Draw with either an array z or a key, got {draw!r:.100}.")
     if draw.z is not None:
@@ -171,6 +179,25 @@ def perturb(x0: Tensor, m: Tensor | float, s: Tensor | float, draw: Draw) -> Ten
     return _op("perturb", x0)(x0, ms, ss, *noise)
 
 
+KEPT_BYTES = 2**23
+"""Of a draw, as much as :func:`perturb_keeping` keeps: it stays in a processor's cache, and larger batches then need
+little more memory for it."""
+
+
+def perturb_keeping(x0: Tensor, m: Tensor | float, s: Tensor | float, draw: Draw) -> tuple[Tensor, Draw]:
+    """:func:`perturb`, and the draw as :func:`score_loss` takes it: on the CPU with the noise of the first samples,
+    which costs less to keep than to generate again. That of a float32 batch that requires no gradient; others are
+    perturbed as always and get their draw back."""
+    _state("x0", x0)
+    ms, ss, noise = _number("m", m, x0), _number("s", s, x0), _noise(draw, x0)
+    keeps = x0.is_cpu and x0.dtype == torch.float32 and draw.key is not None
+    if not keeps or _needs_reference(x0, ms, ss):
+        return perturb(x0, m, s, draw), draw
+    kept = min(len(x0), KEPT_BYTES // (4 * max(math.prod(x0.shape[1:]), 1)))
+    x, z = _ops.perturb_keeping(x0, ms, ss, *noise[1:], kept)
+    return x, draw._replace(z=z)
+
+
 # ---- loss ----
 
 
@@ -192,7 +219,7 @@ def score_loss(
     if (d is None) != (draw is None):
         raise ValueError("d, draw: expected both or neither.")
     cs, ds = (None if v is None else _number(name, v, out) for name, v in (("c", c), ("d", d)))
-    ws, noise = _number("w", w, out), (None, None, None, 0) if d is None else _noise(draw, out)
+    ws, noise = _number("w", w, out), (None, None, None, 0) if d is None else _noise(draw, out, kept=True)
     if _needs_reference(cs, ds, ws, noise[0]):
         z = None if draw is None else Draw(materialize(draw, out))
         return reference.score_loss(out, cs, ds, ws, z)[0].to(compute_dtype(out))
@@ -332,9 +359,8 @@ def noise_integers(key: Tensor, ids: Tensor | None, draw: int, size: Sequence[in
 
 def materialize(draw: Draw, like: Tensor) -> Tensor:
     """The noise of a draw as an array of the shape, dtype and device of ``like``."""
-    if draw.z is not None:
+    if draw.key is None:
         return _array("z", draw.z, like)
-    assert draw.key is not None
     return noise_normal(draw.key, draw.ids, draw.draw, like.shape).to(like.dtype)
 
 
@@ -353,6 +379,9 @@ def _register_fakes() -> None:
         lambda x, out, p, q, n, z, key, ids, draw: (torch.empty_like(x), torch.empty_like(x))
     )
     fake("scoresde_ext::perturb")(lambda x, m, s, z, key, ids, draw: torch.empty_like(x))
+    fake("scoresde_ext::perturb_keeping")(
+        lambda x, m, s, key, ids, draw, kept: (torch.empty_like(x), x.new_empty((kept, *x.shape[1:])))
+    )
     fake("scoresde_ext::score_loss")(loss_fake)
     fake("scoresde_ext::combine")(lambda arrays, c: [torch.empty_like(arrays[0]) for _ in range(c.shape[0])])
     fake("scoresde_ext::rk_stage")(lambda y, ks, a, h: torch.empty_like(y))

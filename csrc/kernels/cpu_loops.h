@@ -159,13 +159,23 @@ inline void fill_normals(const Noise& noise, const Tile& t, int64_t cols, float*
   const int64_t blocks = (width + 3) / 4;
   Blocks b;
   b.n = t.rows * blocks;
-  for (int64_t r = 0; r < t.rows; ++r) {
-    const uint64_t id = stream_of(noise, t.row + r).id;
-    for (int64_t k = 0; k < blocks; ++k) {
-      b.block[r * blocks + k] = static_cast<uint32_t>(t.col / 4 + k);
-      b.id_low[r * blocks + k] = static_cast<uint32_t>(id);
-      b.id_high[r * blocks + k] = static_cast<uint32_t>(id >> 32);
+  const auto number_blocks = [&](auto id_of, int64_t blocks_a_row) {
+    for (int64_t r = 0; r < t.rows; ++r) {
+      const uint64_t id = static_cast<uint64_t>(id_of(t.row + r));
+      for (int64_t k = 0; k < blocks_a_row; ++k) {
+        b.block[r * blocks_a_row + k] = static_cast<uint32_t>(t.col / 4 + k);
+        b.id_low[r * blocks_a_row + k] = static_cast<uint32_t>(id);
+        b.id_high[r * blocks_a_row + k] = static_cast<uint32_t>(id >> 32);
+      }
     }
+  };
+  // One block a row, and rows that are numbered: plain vector loops.
+  const auto number = [](int64_t row) { return row; };
+  const auto given = [ids = noise.ids](int64_t row) { return ids[row]; };
+  if (blocks == 1) {
+    noise.ids ? number_blocks(given, 1) : number_blocks(number, 1);
+  } else {
+    noise.ids ? number_blocks(given, blocks) : number_blocks(number, blocks);
   }
   alignas(64) float words[4][Blocks::most];
   const Stream s = stream_of(noise, t.row);
@@ -181,9 +191,8 @@ inline void fill_normals(const Noise& noise, const Tile& t, int64_t cols, float*
       return order_by_element<2>(words, t.rows, width, z);
     case 3:
       return order_by_element<3>(words, t.rows, width, z);
-    case 4:
-      return order_by_element<4>(words, t.rows, width, z);
     default:
+      if (width % 4 == 0) return order_by_element<4>(words, b.n, 4, z);  // block after block
       return order_by_element<0>(words, t.rows, width, z);
   }
 }
@@ -191,7 +200,7 @@ inline void fill_normals(const Noise& noise, const Tile& t, int64_t cols, float*
 // The noise of a tile in the compute type, whatever its source.
 template <class T, class A>
 const A* load_noise(const Noise& noise, const Tile& t, int64_t cols, Scratch<A>& scratch) {
-  if (noise.array) return load<T, A>(noise.array, t, scratch);
+  if (noise.array && (!noise.key || t.row + t.rows <= noise.array_rows)) return load<T, A>(noise.array, t, scratch);
   if constexpr (sizeof(A) == sizeof(float)) {
     fill_normals(noise, t, cols, scratch.values);
   } else {
@@ -281,6 +290,10 @@ void affine_tiles(const AffineArgs& args, int64_t begin, int64_t end) {
     if (!args.next) continue;
     A* next = target<T>(args.next, t, scratch_next);
     const A* z = load_noise<T>(args.noise, t, args.cols, scratch_z);
+    if (t.row < args.z_rows) {
+      const int64_t n = t.row + t.rows <= args.z_rows ? t.n : (args.z_rows - t.row) * args.cols;
+      memcpy(args.z + t.offset, z, static_cast<size_t>(n) * sizeof(float));
+    }
     with_coefficient<A>(args.n, t, args.cols, [&](auto n) {
       for (int64_t j = 0; j < t.n; ++j) next[j] = affine_next<A>(mean[j], z[j], n[j]);
     });
