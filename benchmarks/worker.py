@@ -52,7 +52,10 @@ def _serve(pipe: Connection, competitor: str, threads: int) -> None:
     torch.set_num_threads(threads)
     runner = Runner(competitor)
     while True:
-        method, arguments = pipe.recv()
+        try:
+            method, arguments = pipe.recv()
+        except EOFError:  # who asked is gone
+            return
         if method == "stop":
             return
         try:

@@ -414,16 +414,31 @@ void combine_tiles(const CombineArgs& args, int64_t begin, int64_t end) {
   }
 }
 
-// sum_j a_j k_j over a tile
-template <class T, class A>
-void sum_slopes(const void* const* k, const double* a, int32_t stages, const Tile& t, A* sum) {
-  Scratch<A> scratch;
-  for (int64_t j = 0; j < t.n; ++j) sum[j] = 0;
-  for (int32_t s = 0; s < stages; ++s) {
-    const A* ks = load<T>(k[s], t, scratch);
-    const A as = static_cast<A>(a[s]);
-    for (int64_t j = 0; j < t.n; ++j) sum[j] += as * ks[j];
+// sum += a_1 k_1 + ... + a_n k_n over a tile, one pass for all
+template <int n, class T, class A>
+__attribute__((noinline)) void add_slopes(const void* const* k, const double* a, const Tile& t, A* __restrict sum) {
+  const T* from[n];
+  A factor[n];
+  for (int s = 0; s < n; ++s) {
+    from[s] = static_cast<const T*>(k[s]) + t.offset;
+    factor[s] = static_cast<A>(a[s]);
   }
+  for (int64_t j = 0; j < t.n; ++j) {
+    A total = sum[j];
+    for (int s = 0; s < n; ++s) total += factor[s] * static_cast<A>(widen(from[s][j]));
+    sum[j] = total;
+  }
+}
+
+// sum_j a_j k_j over a tile
+template <class T, class A, int most = group>
+void sum_slopes(const void* const* k, const double* a, int32_t stages, const Tile& t, A* sum) {
+  if constexpr (most == group) {
+    for (int64_t j = 0; j < t.n; ++j) sum[j] = 0;
+    for (; stages > group; stages -= group, k += group, a += group) add_slopes<group, T>(k, a, t, sum);
+  }
+  if (stages == most) return add_slopes<most, T>(k, a, t, sum);
+  if constexpr (most > 1) sum_slopes<T, A, most - 1>(k, a, stages, t, sum);
 }
 
 template <class T>
@@ -433,7 +448,7 @@ void stage_tiles(const StageArgs& args, int64_t begin, int64_t end) {
   Scratch<A> sum, scratch_x, scratch_out, scratch_k, scratch_y, scratch_next;
   for (int64_t i = begin; i < end; ++i) {
     const Tile t = tile_at(tiling, i);
-    sum_slopes<T>(args.k, args.a, args.stages, t, sum.values);
+    sum_slopes<T, A>(args.k, args.a, args.stages, t, sum.values);
     if (args.k_new) {
       const A* x = load<T>(args.x, t, scratch_x);
       const A* out = load<T>(args.out, t, scratch_out);
@@ -465,7 +480,7 @@ void error_tiles(const ErrorArgs& args, int64_t begin, int64_t end) {
   Scratch<A> scaled, scratch0, scratch1;
   for (int64_t i = begin; i < end; ++i) {
     const Tile t = tile_at(tiling, i);
-    sum_slopes<T>(args.k, args.e, args.stages, t, sum.values);
+    sum_slopes<T, double>(args.k, args.e, args.stages, t, sum.values);
     const A* y0 = load<T>(args.y0, t, scratch0);
     const A* y1 = load<T>(args.y1, t, scratch1);
     with_coefficient<A>(args.h, t, args.cols, [&](auto h) {
