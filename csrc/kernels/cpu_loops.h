@@ -259,9 +259,26 @@ double sum_of_squares(const A* r, int64_t n) {
   return sum;
 }
 
+// The same for rows of a few elements, whose number is a constant: vector loops over rows.
+template <int width, class A>
+void short_row_sums(const A* r, int64_t rows, double* sums) {
+  for (int64_t row = 0; row < rows; ++row) {
+    double sum = 0;
+    for (int i = 0; i < width; ++i) {
+      const double v = static_cast<double>(r[row * width + i]);
+      sum += v * v;
+    }
+    sums[row] = sum;
+  }
+}
+
 template <class A>
 void row_sums(const A* r, const Tile& t, int64_t cols, double* partials) {
   const int64_t width = t.rows == 1 ? t.n : cols;
+  if (width == 1) return short_row_sums<1>(r, t.rows, partials + t.index);
+  if (width == 2) return short_row_sums<2>(r, t.rows, partials + t.index);
+  if (width == 3) return short_row_sums<3>(r, t.rows, partials + t.index);
+  if (width == 4) return short_row_sums<4>(r, t.rows, partials + t.index);
   for (int64_t row = 0; row < t.rows; ++row) partials[t.index + row] = sum_of_squares(r + row * width, width);
 }
 
