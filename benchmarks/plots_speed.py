@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 COLOURS = {
     OURS: "#0072B2",
     EAGER: "#000000",
-    "torch.compile": "#E69F00",
+    "torch.compile": "#009E73",
     "scipy RK45": "#000000",
     "scipy, two network runs": "#000000",
     "k-diffusion loop": "#000000",
