@@ -19,7 +19,7 @@ from .problems import Problem, digits_problem, root_mean_square
 COMPARED = 64  # samples whose error is looked at: their exact solution is expensive
 UPSTREAM = "scipy RK45"
 K_DIFFUSION = "k-diffusion loop, DPM-Solver++(2M)"
-FITTED = "UniPC-3 calibrated, fitted"
+FITTED = "UniPC-3 calibrated"
 ADAPTIVE = ("scipy RK45", "torchdiffeq dopri5", "torchode dopri5", "RK45 in t", "UniPC-4 adaptive")
 SAMPLERS = (*ADAPTIVE, K_DIFFUSION, FITTED)
 
@@ -59,8 +59,7 @@ def prepared(sampler: str, problem: Problem, setting: float) -> Callable[[solver
         return loop
     if sampler == FITTED:
         grid = sampling.calibrate_grid(
-            problem.sde, problem.network, problem.z.shape, nfe=int(setting), order=3, eps=problem.span[1], device="cpu",
-            coefficients="fitted",
+            problem.sde, problem.network, problem.z.shape, nfe=int(setting), order=3, eps=problem.span[1], device="cpu"
         )  # fmt: skip
         return lambda network: solvers.solve(problem, network, method="unipc", order=3, grid=grid).x
     return lambda network: solvers.SOLVERS[sampler](problem, network, setting).x
