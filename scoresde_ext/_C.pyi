@@ -12,7 +12,6 @@ class BuildInfo(TypedDict):
     cpu_capability: str
 
 def build_info() -> BuildInfo: ...
-def graph_is_kept() -> bool: ...
 
 # Only in a build with CUDA:
 class DeviceLoop:

@@ -1,7 +1,8 @@
 """Training objectives and steps.
 
 The denoising score-matching loss (Song et al. 2021, eq. 7) is two kernels: one perturbs the data, one computes the loss
-and its gradient with respect to the network's output from one pass over that output. The noise is never stored.
+and its gradient with respect to the network's output from one pass over that output. The noise is generated again
+there, or kept where that is faster.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def _check_batch(batch: Tensor) -> None:
     # the device.
     if batch.is_cpu and not torch.compiler.is_compiling():
         total = batch.sum(dtype=ops.compute_dtype(batch))
-        if not bool(total.isfinite()):
+        if not math.isfinite(total.item()):
             check_state("batch", batch)
 
 
@@ -113,11 +114,14 @@ def get_sde_loss_fn(
         if not is_affine(sde):
             return _plain_loss(sde, score_fn, batch, t, ops.materialize(draw, batch), likelihood_weighting, weight)
         m, std = sde.marginal_coefficients(t)
-        out, k = score_fn.terms(ops.perturb(batch, m, std, draw), t)
-        if likelihood_weighting:  # (score + z / std)^2 g^2
-            g = sde.sde_coefficients(t)[1]
-            return ops.score_loss(out, k, 1.0 / std, weight * g * g, draw).sum()
-        return ops.score_loss(out, k * std, 1.0, weight, draw).sum()  # (score std + z)^2
+        x, draw = ops.perturb_keeping(batch, m, std, draw)
+        out = score_fn.network(x, score_fn.labels(t))
+        del x  # unless the network keeps it for its own derivative, its memory serves for the gradient
+        k = -1.0 if score_fn.predicts_noise else score_fn.coefficient(t) * std  # score std = k out
+        if likelihood_weighting:  # (score + z / std)^2 g^2 = (score std + z)^2 (g / std)^2
+            ratio = sde.sde_coefficients(t)[1] / std
+            return ops.score_loss(out, k, 1.0, weight * ratio * ratio, draw).sum()
+        return ops.score_loss(out, k, 1.0, weight, draw).sum()  # (score std + z)^2
 
     return loss_fn
 
@@ -153,7 +157,9 @@ def get_smld_loss_fn(vesde: VESDE, train: bool, reduce_mean: bool = False) -> Lo
         labels = noise.integers(vesde.N, like)
         sigmas = vesde.table("discrete_sigmas", like)[vesde.N - 1 - labels]  # label 0 is the largest
         draw = noise.normal(batch)
-        out = mutils.CheckedNetwork(model)(ops.perturb(batch, 1.0, sigmas, draw), labels)
+        x, draw = ops.perturb_keeping(batch, 1.0, sigmas, draw)
+        out = mutils.CheckedNetwork(model)(x, labels)
+        del x
         # (score + z / sigma)^2 sigma^2
         return ops.score_loss(out, sigmas, 1.0, _reduction(batch, reduce_mean), draw).sum()
 
@@ -174,7 +180,9 @@ def get_ddpm_loss_fn(vpsde: VPSDE, train: bool, reduce_mean: bool = True) -> Los
         labels = noise.integers(vpsde.N, like)
         m, std = (vpsde.table(name, like)[labels] for name in ("sqrt_alphas_cumprod", "sqrt_1m_alphas_cumprod"))
         draw = noise.normal(batch)
-        out = mutils.CheckedNetwork(model)(ops.perturb(batch, m, std, draw), labels)
+        x, draw = ops.perturb_keeping(batch, m, std, draw)
+        out = mutils.CheckedNetwork(model)(x, labels)
+        del x
         # (out - z)^2
         return ops.score_loss(out, 1.0, -1.0, _reduction(batch, reduce_mean), draw).sum()
 

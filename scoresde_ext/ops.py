@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _C, reference
+from . import reference
 from .reference import Draw
 
 _ops = torch.ops.scoresde_ext
@@ -110,7 +110,15 @@ def _network(out: Any, q: Any, x: Tensor) -> tuple[Tensor | None, Tensor | None]
     return (None, None) if out is None else (_array("out", out, x), _number("q", q, x))
 
 
-def _noise(draw: Any, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, int]:
+def _noise(draw: Any, x: Tensor, kept: bool = False) -> tuple[Tensor | None, Tensor | None, Tensor | None, int]:
+    """``kept``: whether the draw may be one of :func:`perturb_keeping`."""
+    if kept and isinstance(draw, Draw) and draw.z is not None and draw.key is not None:
+        if draw.z.shape[1:] != x.shape[1:] or len(draw.z) > len(x):
+            raise ValueError(
+                f"draw: expected either an array z or a key, or both of perturb_keeping for {tuple(x.shape)}, "
+                f"got a key and z of shape {tuple(draw.z.shape)}."
+            )
+        return draw.z, *_streams(draw.key, draw.ids, x.device), draw.draw
     if not isinstance(draw, Draw) or (draw.z is None) == (draw.key is None):
         raise ValueError(f"draw: expected a Draw with either an array z or a key, got {draw!r:.100}.")
     if draw.z is not None:
@@ -177,6 +185,25 @@ def perturb(x0: Tensor, m: Tensor | float, s: Tensor | float, draw: Draw) -> Ten
     return _op("perturb", x0)(x0, ms, ss, *noise)
 
 
+KEPT_BYTES = 2**23
+"""Of a draw, as much as :func:`perturb_keeping` keeps: it stays in a processor's cache, and larger batches then need
+little more memory for it."""
+
+
+def perturb_keeping(x0: Tensor, m: Tensor | float, s: Tensor | float, draw: Draw) -> tuple[Tensor, Draw]:
+    """:func:`perturb`, and the draw as :func:`score_loss` takes it: on the CPU with the noise of the first samples,
+    which costs less to keep than to generate again. That of a float32 batch that requires no gradient; others are
+    perturbed as always and get their draw back."""
+    _state("x0", x0)
+    ms, ss, noise = _number("m", m, x0), _number("s", s, x0), _noise(draw, x0)
+    keeps = x0.is_cpu and x0.dtype == torch.float32 and draw.key is not None
+    if not keeps or _needs_reference(x0, ms, ss):
+        return perturb(x0, m, s, draw), draw
+    kept = min(len(x0), KEPT_BYTES // (4 * max(math.prod(x0.shape[1:]), 1)))
+    x, z = _ops.perturb_keeping(x0, ms, ss, *noise[1:], kept)
+    return x, draw._replace(z=z)
+
+
 # ---- loss ----
 
 
@@ -198,7 +225,7 @@ def score_loss(
     if (d is None) != (draw is None):
         raise ValueError("d, draw: expected both or neither.")
     cs, ds = (None if v is None else _number(name, v, out) for name, v in (("c", c), ("d", d)))
-    ws, noise = _number("w", w, out), (None, None, None, 0) if d is None else _noise(draw, out)
+    ws, noise = _number("w", w, out), (None, None, None, 0) if d is None else _noise(draw, out, kept=True)
     if _needs_reference(cs, ds, ws, noise[0]):
         z = None if draw is None else Draw(materialize(draw, out))
         return reference.score_loss(out, cs, ds, ws, z)[0].to(compute_dtype(out))
@@ -338,13 +365,12 @@ def noise_integers(key: Tensor, ids: Tensor | None, draw: int, size: Sequence[in
 
 def materialize(draw: Draw, like: Tensor) -> Tensor:
     """The noise of a draw as an array of the shape, dtype and device of ``like``."""
-    if draw.z is not None:
+    if draw.key is None:
         return _array("z", draw.z, like)
-    assert draw.key is not None
     return noise_normal(draw.key, draw.ids, draw.draw, like.shape).to(like.dtype)
 
 
-# ---- registration: shapes for tracing, derivatives ----
+# ---- registration: shapes for tracing (csrc/torch/autograd.cpp has the derivatives) ----
 
 
 def _register_fakes() -> None:
@@ -359,6 +385,9 @@ def _register_fakes() -> None:
         lambda x, out, p, q, n, z, key, ids, draw: (torch.empty_like(x), torch.empty_like(x))
     )
     fake("scoresde_ext::perturb")(lambda x, m, s, z, key, ids, draw: torch.empty_like(x))
+    fake("scoresde_ext::perturb_keeping")(
+        lambda x, m, s, key, ids, draw, kept: (torch.empty_like(x), x.new_empty((kept, *x.shape[1:])))
+    )
     fake("scoresde_ext::score_loss")(loss_fake)
     fake("scoresde_ext::combine")(lambda arrays, c: [torch.empty_like(arrays[0]) for _ in range(c.shape[0])])
     fake("scoresde_ext::rk_stage")(lambda y, ks, a, h: torch.empty_like(y))
@@ -372,89 +401,4 @@ def _register_fakes() -> None:
     fake("scoresde_ext::noise_integers")(lambda key, ids, draw, size, high: key.new_empty(size))
 
 
-def _register_derivatives() -> None:
-    def scaled(g: Tensor | None, c: Tensor | None, wanted: bool) -> Tensor | None:
-        return affine(g, None, c) if wanted and g is not None and c is not None else None
-
-    def affine_setup(ctx, inputs, output):
-        x, out, p, q = inputs
-        ctx.save_for_backward(p, q)
-
-    def affine_backward(ctx, g):
-        p, q = ctx.saved_tensors
-        return scaled(g, p, ctx.needs_input_grad[0]), scaled(g, q, ctx.needs_input_grad[1]), None, None
-
-    def noise_setup(ctx, inputs, output):
-        x, out, p, q, n, z, key, ids, draw = inputs
-        ctx.save_for_backward(p, q, n)
-        ctx.set_materialize_grads(False)
-
-    def noise_backward(ctx, g_mean, g_next):
-        p, q, n = ctx.saved_tensors
-        parts = [g for g in (g_mean, g_next) if g is not None]
-        g = sum(parts[1:], parts[0]) if parts else None
-        wants = ctx.needs_input_grad
-        return (
-            scaled(g, p, wants[0]),
-            scaled(g, q, wants[1]),
-            None,
-            None,
-            None,
-            scaled(g_next, n, wants[5]),
-            None,
-            None,
-            None,
-        )
-
-    def perturb_setup(ctx, inputs, output):
-        x, m, s, z, key, ids, draw = inputs
-        ctx.save_for_backward(m, s)
-
-    def perturb_backward(ctx, g):
-        m, s = ctx.saved_tensors
-        return (
-            scaled(g, m, ctx.needs_input_grad[0]),
-            None,
-            None,
-            scaled(g, s, ctx.needs_input_grad[3]),
-            None,
-            None,
-            None,
-        )
-
-    def loss_setup(ctx, inputs, output):
-        out, c, d, w, z, key, ids, draw, with_grad = inputs
-        ctx.save_for_backward(output[1], c, w)
-        ctx.with_grad = with_grad
-        ctx.set_materialize_grads(False)
-
-    def loss_backward(ctx, g_loss, g_kept):
-        if not ctx.with_grad:
-            raise RuntimeError(
-                "score_loss: no gradient was kept. Call it with with_grad=True where out requires a gradient."
-            )
-        kept, c, w = ctx.saved_tensors
-        weighted = kept.dtype in (torch.float32, torch.float64)
-        total = None
-        if g_loss is not None:
-            # The usual case, all ones, needs no pass over memory: the kept gradient itself is handed on. Not where the
-            # graph is kept for another backward, which what becomes of it then would disturb.
-            shortcut = weighted and type(g_loss) is Tensor and g_loss.is_cpu and not _C.graph_is_kept()
-            if shortcut and bool((g_loss == 1).all()):
-                total = kept
-            else:
-                total = affine(kept, None, g_loss if weighted else g_loss * w)
-        if g_kept is not None:  # what is kept is itself an output, with derivative 2 c^2 w (or 2 c^2)
-            curvature = affine(g_kept, None, 2 * c * c * w if weighted else 2 * c * c)
-            total = curvature if total is None else total + curvature
-        return total, None, None, None, None, None, None, None, None
-
-    register = torch.library.register_autograd
-    register("scoresde_ext::affine", affine_backward, setup_context=affine_setup)
-    register("scoresde_ext::affine_noise", noise_backward, setup_context=noise_setup)
-    register("scoresde_ext::perturb", perturb_backward, setup_context=perturb_setup)
-    register("scoresde_ext::score_loss", loss_backward, setup_context=loss_setup)
-
-
 _register_fakes()
-_register_derivatives()

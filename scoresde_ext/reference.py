@@ -16,6 +16,7 @@ from torch import Tensor
 
 class Draw(NamedTuple):
     """One draw of standard normal noise for a batch: either the array ``z``, or the streams that it is generated from.
+    (Or, from :func:`scoresde_ext.ops.perturb_keeping`, streams and in ``z`` what they give for the first samples.)
 
     Element e of sample b is a function of ``(key[0], ids[b], key[1] + draw, e)`` alone.
 
@@ -38,9 +39,9 @@ def rows(c: Tensor | float, x: Tensor) -> Tensor | float:
 
 
 def _noise(draw: Draw, x: Tensor) -> Tensor:
-    if draw.z is not None:
+    if draw.key is None:
+        assert draw.z is not None
         return draw.z
-    assert draw.key is not None
     return noise_normal(draw.key, draw.ids, draw.draw, x.shape).to(x.dtype)
 
 

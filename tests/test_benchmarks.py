@@ -10,13 +10,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from golden import Case, arrays, assert_rounding, cases, every_case, make_network, recorded, rounding
-from networks import ToyModel
+from networks import GaussianModel, ToyModel
 from torch import Tensor
 
-from benchmarks import baselines, problems, solvers, work_precision
+from benchmarks import __main__ as speed
+from benchmarks import baselines, digits, problems, solvers, work_precision
+from benchmarks import cases as speed_cases
 from benchmarks.solvers import Counted
 from benchmarks.work_precision import Point, curves, work_at
 from scoresde_ext.models import utils as mutils
@@ -94,6 +97,84 @@ def test_other_solvers(solve: Callable[..., Tensor], kind: str) -> None:
     x = solve(f, span, z.double(), 1e-8, 1e-8)
     # some 60 steps, each with an error within the tolerance; the network's mean is a float32 number
     assert (x - recorded("ode", name, "x_analytic_f64")).abs().max() < 60 * 1e-8
+
+
+CONTINUOUS = every_case(
+    "losses", lambda case: case["fn"] == "get_sde_loss_fn" and case["continuous"] and not case["case"].endswith("_edge")
+)
+
+
+@CONTINUOUS
+def test_loss(name: str) -> None:
+    case, shared = cases("losses")[name], arrays("losses")
+    outs = []
+
+    def network(x: Tensor, labels: Tensor) -> Tensor:
+        outs.append(ToyModel(**case["toy"])(x, labels).detach().requires_grad_())
+        return outs[0]
+
+    loss = baselines.score_matching_loss(
+        make_baseline(case), network, shared["x0"], shared[case["u"]], shared["z"], case["likelihood_weighting"],
+        case["reduce_mean"], case["eps"],
+    )  # fmt: skip
+    loss.backward()
+    # 1 / std multiplies the residual; where t is small, std is known to 1000 roundings only
+    assert_rounding(loss.detach(), recorded("losses", name, "loss"), 64)
+    assert_rounding(outs[0].grad, recorded("losses", name, "grad_out"), 64)
+
+
+STEPS = {"euler_maruyama": baselines.euler_maruyama, "langevin": baselines.langevin}
+
+
+@every_case(
+    "steps",
+    lambda case: (
+        (case.get("predictor") == "euler_maruyama" and not case["probability_flow"])
+        or (case.get("corrector") == "langevin" and case["n_steps"] == 1)
+    ),
+)
+def test_step(name: str) -> None:
+    case, shared = cases("steps")[name], arrays("steps")
+    network = GaussianModel(f"{case['kind']}_cont", case["p0"], case["p1"], case["N"], **case["gauss"])
+    home = f"{name.partition('_')[0]}_euler_maruyama_pf0"
+    options = {"N": case["N"], **({"snr": case["snr"]} if "corrector" in case else {})}
+    step = STEPS[case.get("predictor") or case["corrector"]]
+    x, x_mean = step(
+        make_baseline(case), network, recorded("steps", home, "x_in"), shared["t"], shared["z"][0], **options
+    )
+    assert_rounding(x, recorded("steps", name, "x_out"), 16)
+    assert_rounding(x_mean, recorded("steps", name, "x_mean"), 16)
+
+
+@every_case("likelihood", lambda case: case["method"] == "RK45")
+def test_likelihood(name: str) -> None:
+    case, shared = cases("likelihood")[name], arrays("likelihood")
+    rademacher = case["hutchinson_type"] == "Rademacher"
+    epsilon = shared["rademacher01"].float() * 2 - 1 if rademacher else shared["gaussian_eps"]
+    bpd, z, nfe = baselines.likelihood(
+        make_baseline(case), make_network(case), shared[case["data"]], epsilon, case["rtol"], case["atol"], case["eps"]
+    )
+    spread = rounding("likelihood")[name]["spread"]
+    assert (bpd - recorded("likelihood", name, "bpd")).abs().max() <= 4 * spread["bpd"]
+    assert (z - recorded("likelihood", name, "z")).abs().max() <= 4 * spread["z"]
+    assert nfe in {*rounding("likelihood")[name]["nfe"], case["nfe"]}
+
+
+def test_karras_loop() -> None:
+    """For Gaussian data the flow is known; an error of second order is left."""
+    name = "vp_gauss_RK45_1e-05"
+    case = cases("ode")[name]
+    sde, z = make_baseline(case), arrays("ode")["z_unit"].double()
+    assert isinstance(sde, baselines.VP)
+    denoise = baselines.vp_denoiser(sde, make_network(case))
+    ends = [sde.std(t) / sde.log_mean(t).exp() for t in (torch.tensor(u).double() for u in (1.0, case["eps"]))]
+    last_mean = sde.log_mean(torch.tensor(case["eps"]).double()).exp()
+    errors = []
+    for steps in (200, 400):
+        sigmas = torch.logspace(*(end.log10().item() for end in ends), steps + 1, dtype=torch.float64).tolist()
+        x = last_mean * baselines.dpmpp_2m(denoise, z / (1 / (1 + ends[0] ** 2).sqrt()), sigmas)
+        errors.append((x - recorded("ode", name, "x_analytic_f64")).abs().max().item())
+    assert errors[1] < 1e-4 and 3.5 < errors[0] / errors[1] < 4.5
 
 
 # ---- problems ----
@@ -202,7 +283,71 @@ def test_ratio_counts_what_was_not_reached() -> None:
     assert (result.ratio, result.reached, result.of) == (pytest.approx(0.5), 1, 2)
 
 
-# ---- the command ----
+# ---- the commands ----
+
+
+@pytest.mark.parametrize("name", [name for name in speed_cases.CASES if name != "likelihood"])
+def test_competitors_compute_the_same(name: str) -> None:
+    """What the benchmark of speed checks before it measures: here all but the compiled ones, at a small size."""
+    case = speed_cases.CASES[name]
+    for shape in ((3, 2, 4, 4), (5, 2)):
+        values = {}
+        for competitor, make in case.competitors.items():
+            if competitor != speed_cases.COMPILED:
+                torch.manual_seed(0)
+                values[competitor] = make(shape)(case.draws(shape)).values.double()
+        wanted = values[case.baseline]
+        assert wanted.abs().max() > 0
+        for got in values.values():
+            assert (got - wanted).abs().max() <= case.tolerance * wanted.abs().max()
+
+
+def test_a_competitor_that_computes_something_else_stops_the_benchmark() -> None:
+    class Fake:
+        def __init__(self, value: float) -> None:
+            self.value = value
+
+        def check(self, case: str, shape: tuple[int, ...]) -> np.ndarray:
+            return np.array([1.0, self.value])
+
+    case = speed_cases.CASES["predictor"]
+    same = {name: Fake(2.0) for name in case.competitors}
+    speed.check(case, (1,), same)
+    for wrong in (2.001, math.nan):
+        with pytest.raises(SystemExit, match=r"predictor \(1,\): scoresde_ext differs"):
+            speed.check(case, (1,), same | {speed_cases.OURS: Fake(wrong)})
+
+
+def test_worker_measures_in_its_own_process() -> None:
+    with speed.workers([speed_cases.OURS], threads=1) as started:
+        worker = started[speed_cases.OURS]
+        assert len(worker.seconds("loss step", (4, 3), 0.0)) == 3
+        assert worker.peak_bytes("loss step", (64, 3, 32, 32)) == pytest.approx(64 * 3 * 32 * 32 * 4, rel=0.1)
+        with pytest.raises(RuntimeError, match="scoresde_ext: KeyError"):
+            worker.check("no such case", (1,))
+
+
+def test_speed_writes_all_results(tmp_path: Path) -> None:
+    measured = [
+        speed.Measured(case.name, shape, threads, name, case.unit, 0.5e-3 * threads, 1e-3, 2e-3, 3e-3, 7, None)
+        for case in speed_cases.CASES.values()
+        for shape in case.shapes
+        for threads in (1, 2)
+        for name in speed.competitors_of(case)
+    ]
+    points = [
+        digits.Timed(name, tolerance, 2048, 10, seconds, rms)
+        for name in digits.SAMPLERS
+        for tolerance, seconds, rms in ((1e-2, 1.0, 1e-2), (1e-4, 4.0, 1e-4))
+    ]
+    speed.write(tmp_path, measured, points)
+    with (tmp_path / "speed.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == len(measured) and {line["best"] for line in lines} == {"0.0005", "0.001"}
+    assert "| 1024 | 1.00 |" in (tmp_path / "speed.md").read_text()  # 2,048 digits in 2 s, where the error is 1e-3
+    assert json.loads((tmp_path / "speed.json").read_text())["environment"]["versions"]["torch"] == torch.__version__
+    for plot in ("speed.png", "sizes.png", "digits.png"):
+        assert (tmp_path / plot).read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_run_writes_all_results(tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ BAD_NOISE = {
     "z that would broadcast": ("z", Draw(z=torch.ones(B, 1))),
     "z of another device": ("z", Draw(z=torch.ones(SHAPE, device="meta"))),
     "z of integers": ("z", Draw(z=torch.ones(SHAPE, dtype=torch.int64))),
-    "both z and key": ("key", Draw(z=torch.ones(SHAPE), key=KEY)),
+    "both z and key": ("key", Draw(z=torch.ones(B, 4), key=KEY)),
     "neither z nor key": ("key", Draw()),
     "key of another device": ("key", Draw(key=KEY.to("meta"))),
     "key of floats": ("key", Draw(key=KEY.float())),

@@ -52,7 +52,12 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
             (array(f32, False), column(f32), column(f32, 1), *array_noise),
             (array(), column(), column(), *stream),
         ],
+        "perturb_keeping": [
+            (array(f32, False), column(f32), column(f32, 1), KEY, IDS, 2, 2),
+            (last, column(f32), column(f32), KEY, None, 0, 0),
+        ],
         "score_loss": [
+            (array(f32), column(f32), column(f32), column(f32), array(f32, False)[:2], KEY, IDS, 2, True),
             (array(), column(), column(), column(), array(grad=False), None, None, 0, True),
             (array(bf16), column(f32), column(f32), column(f32, 1), *stream, True),
             (array(f32, False), column(f32), None, column(f32, 1), None, None, None, 0, False),

@@ -175,6 +175,41 @@ def test_stream_is_the_array_it_stands_for(op: Op, shape: tuple[int, ...]) -> No
                 assert torch.equal(streamed, stored)
 
 
+@pytest.mark.parametrize("shape", [(5,), (300, 2), (5, 3), (257, 4), (33, 17), (3, 1025), (2, 3, 8, 8)], ids=str)
+def test_noise_that_is_kept(shape: tuple[int, ...]) -> None:
+    """Kept or generated again, it is the same noise, to the bit; all of it or that of the first samples."""
+    v = arguments(OPS["perturb"], shape, torch.float32, "per sample", "key and ids")
+    key, ids, draw = v["draw"][1:]
+    x, kept_draw = ops.perturb_keeping(v["x0"], v["m"], v["s"], v["draw"])
+    assert torch.equal(x, ops.perturb(v["x0"], v["m"], v["s"], v["draw"]))
+    noise = ops.noise_normal(key, ids, draw, shape)
+    assert torch.equal(kept_draw.z, noise)
+    for kept in (0, 1, shape[0] - 1, shape[0]):
+        raw, z = torch.ops.scoresde_ext.perturb_keeping(v["x0"], v["m"], v["s"], key, ids, draw, kept)
+        assert torch.equal(raw, x) and torch.equal(z, noise[:kept])
+        out = torch.randn(shape, requires_grad=True)
+        results = [
+            torch.ops.scoresde_ext.score_loss(out, v["m"], v["s"], v["m"], z, key, ids, draw, True) for z in (z, None)
+        ]
+        assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+def test_noise_is_kept_of_float32_without_gradients_alone() -> None:
+    for dtype, noise, grad in (
+        (torch.float64, "key", False), (torch.bfloat16, "key", False), (torch.float32, "array", False),
+        (torch.float32, "key", True),
+    ):  # fmt: skip
+        v = arguments(OPS["perturb"], (3, 5), dtype, "per sample", noise)
+        x, draw = ops.perturb_keeping(v["x0"].requires_grad_(grad), v["m"], v["s"], v["draw"])
+        assert draw is v["draw"] and torch.equal(x, ops.perturb(v["x0"], v["m"], v["s"], v["draw"]))
+
+
+def test_no_more_noise_is_kept_than_a_cache_holds() -> None:
+    x0 = torch.zeros(1, 1).expand(9, 2**18)
+    _, draw = ops.perturb_keeping(x0, 1.0, 1.0, Draw(key=torch.tensor([1, 2])))
+    assert draw.z is not None and draw.z.shape == (8, 2**18)
+
+
 # --- numbers that are not finite, and those at the ends of the range --------------------------------------------------
 
 

@@ -6,6 +6,8 @@
 #include "kernels/kernels.h"
 
 #if defined(__x86_64__)
+#include <immintrin.h>
+
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c,bmi2"))), apply_to = function)
 #else
@@ -13,6 +15,7 @@
 #pragma GCC target("avx2,fma,f16c,bmi2")
 #endif
 #define SCORESDE_ISA avx2
+#define SCORESDE_VECTOR 8
 #define SCORESDE_FMA  // the compiler's own macro does not follow the pragma
 #include "kernels/cpu_loops.h"
 

@@ -6,6 +6,7 @@
 // either one number for the tile (a piece of a long row) or spread to one number an element (several short rows).
 
 #include "kernels/arguments.h"
+#include "kernels/cpu_normals.h"
 #include "math/affine.h"
 #include "math/runge_kutta.h"
 
@@ -124,59 +125,89 @@ void with_coefficient(Coefficient c, const Tile& t, int64_t cols, Body body) {
 
 // ---- noise ----
 
-// The Philox blocks of a tile: which block of which stream. A row's last block may stick out of the row.
-struct Blocks {
-  static constexpr int64_t most = tile_size / 4;
-  int64_t n;
-  alignas(64) uint32_t block[most], id_low[most], id_high[most];
-};
-
-// Kept out of line: one copy of the loop for all kernels. Results come one array a word, so that the loop is a plain
-// vector loop.
-__attribute__((noinline)) inline void normals_of_blocks(uint64_t seed, uint32_t draw, const Blocks& b,
-                                                        float (&z)[4][Blocks::most]) {
-  for (int64_t i = 0; i < b.n; ++i) {
-    const Words w = philox({b.block[i], draw, b.id_low[i], b.id_high[i]}, static_cast<uint32_t>(seed),
-                           static_cast<uint32_t>(seed >> 32));
-    const Pair first = normals_from(w.x, w.y), second = normals_from(w.z, w.w);
-    z[0][i] = first.a;
-    z[1][i] = first.b;
-    z[2][i] = second.a;
-    z[3][i] = second.b;
+// The normals of `rows` rows of `cols` columns from one array a word of their blocks. Loops over a few columns are
+// vectorised only where their number is a constant: `few`, or 0.
+template <int few>
+void order_by_element(const float (&words)[4][Blocks::most], int64_t rows, int64_t cols, float* z) {
+  if constexpr (few > 0) {
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t j = 0; j < few; ++j) z[r * few + j] = words[j][r];
+    }
+    return;
+  }
+  const int64_t whole = cols / 4, blocks = (cols + 3) / 4;
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t k = 0; k < whole; ++k) {
+      for (int64_t l = 0; l < 4; ++l) z[r * cols + 4 * k + l] = words[l][r * blocks + k];
+    }
+    for (int64_t j = 4 * whole; j < cols; ++j) z[r * cols + j] = words[j % 4][r * blocks + whole];
   }
 }
 
 // Standard normals of a tile, in element order.
-template <class A>
-void fill_normals(const Noise& noise, const Tile& t, int64_t cols, A* __restrict z) {
-  const int64_t width = t.rows == 1 ? t.n : cols, blocks = (width + 3) / 4;
+inline void fill_normals(const Noise& noise, const Tile& t, int64_t cols, float* z) {
+  const int64_t width = t.rows == 1 ? t.n : cols;
+#ifdef SCORESDE_VECTOR
+  constexpr int64_t group = 4 * group_blocks;
+  if (t.rows == 1 || width % group == 0 || width >= 2 * group) {
+    for (int64_t r = 0; r < t.rows; ++r) {
+      normals_of_stream(stream_of(noise, t.row + r), static_cast<uint32_t>(t.col / 4), width, z + r * width);
+    }
+    return;
+  }
+#endif
+  const int64_t blocks = (width + 3) / 4;
   Blocks b;
   b.n = t.rows * blocks;
-  for (int64_t r = 0; r < t.rows; ++r) {
-    const uint64_t id = stream_of(noise, t.row + r).id;
-    for (int64_t k = 0; k < blocks; ++k) {
-      b.block[r * blocks + k] = static_cast<uint32_t>(t.col / 4 + k);
-      b.id_low[r * blocks + k] = static_cast<uint32_t>(id);
-      b.id_high[r * blocks + k] = static_cast<uint32_t>(id >> 32);
+  const auto number_blocks = [&](auto id_of, int64_t blocks_a_row) {
+    for (int64_t r = 0; r < t.rows; ++r) {
+      const uint64_t id = static_cast<uint64_t>(id_of(t.row + r));
+      for (int64_t k = 0; k < blocks_a_row; ++k) {
+        b.block[r * blocks_a_row + k] = static_cast<uint32_t>(t.col / 4 + k);
+        b.id_low[r * blocks_a_row + k] = static_cast<uint32_t>(id);
+        b.id_high[r * blocks_a_row + k] = static_cast<uint32_t>(id >> 32);
+      }
     }
+  };
+  // One block a row, and rows that are numbered: plain vector loops.
+  const auto number = [](int64_t row) { return row; };
+  const auto given = [ids = noise.ids](int64_t row) { return ids[row]; };
+  if (blocks == 1) {
+    noise.ids ? number_blocks(given, 1) : number_blocks(number, 1);
+  } else {
+    noise.ids ? number_blocks(given, blocks) : number_blocks(number, blocks);
   }
   alignas(64) float words[4][Blocks::most];
   const Stream s = stream_of(noise, t.row);
-  normals_of_blocks(s.seed, s.draw, b, words);
-  for (int64_t r = 0; r < t.rows; ++r) {
-    const int64_t first = r * blocks, whole = width / 4;
-    for (int64_t k = 0; k < whole; ++k) {
-      for (int64_t l = 0; l < 4; ++l) z[r * width + 4 * k + l] = words[l][first + k];
-    }
-    for (int64_t j = 4 * whole; j < width; ++j) z[r * width + j] = words[j % 4][first + whole];
+  if (width <= 2) {
+    normals_of_blocks<true>(s.seed, s.draw, b, words);
+  } else {
+    normals_of_blocks<false>(s.seed, s.draw, b, words);
+  }
+  switch (width) {
+    case 1:
+      return order_by_element<1>(words, t.rows, width, z);
+    case 2:
+      return order_by_element<2>(words, t.rows, width, z);
+    case 3:
+      return order_by_element<3>(words, t.rows, width, z);
+    default:
+      if (width % 4 == 0) return order_by_element<4>(words, b.n, 4, z);  // block after block
+      return order_by_element<0>(words, t.rows, width, z);
   }
 }
 
 // The noise of a tile in the compute type, whatever its source.
 template <class T, class A>
 const A* load_noise(const Noise& noise, const Tile& t, int64_t cols, Scratch<A>& scratch) {
-  if (noise.array) return load<T, A>(noise.array, t, scratch);
-  fill_normals(noise, t, cols, scratch.values);
+  if (noise.array && (!noise.key || t.row + t.rows <= noise.array_rows)) return load<T, A>(noise.array, t, scratch);
+  if constexpr (sizeof(A) == sizeof(float)) {
+    fill_normals(noise, t, cols, scratch.values);
+  } else {
+    Scratch<float> single;
+    fill_normals(noise, t, cols, single.values);
+    for (int64_t i = 0; i < t.n; ++i) scratch.values[i] = single.values[i];
+  }
   return scratch.values;
 }
 
@@ -228,9 +259,26 @@ double sum_of_squares(const A* r, int64_t n) {
   return sum;
 }
 
+// The same for rows of a few elements, whose number is a constant: vector loops over rows.
+template <int width, class A>
+void short_row_sums(const A* r, int64_t rows, double* sums) {
+  for (int64_t row = 0; row < rows; ++row) {
+    double sum = 0;
+    for (int i = 0; i < width; ++i) {
+      const double v = static_cast<double>(r[row * width + i]);
+      sum += v * v;
+    }
+    sums[row] = sum;
+  }
+}
+
 template <class A>
 void row_sums(const A* r, const Tile& t, int64_t cols, double* partials) {
   const int64_t width = t.rows == 1 ? t.n : cols;
+  if (width == 1) return short_row_sums<1>(r, t.rows, partials + t.index);
+  if (width == 2) return short_row_sums<2>(r, t.rows, partials + t.index);
+  if (width == 3) return short_row_sums<3>(r, t.rows, partials + t.index);
+  if (width == 4) return short_row_sums<4>(r, t.rows, partials + t.index);
   for (int64_t row = 0; row < t.rows; ++row) partials[t.index + row] = sum_of_squares(r + row * width, width);
 }
 
@@ -259,6 +307,10 @@ void affine_tiles(const AffineArgs& args, int64_t begin, int64_t end) {
     if (!args.next) continue;
     A* next = target<T>(args.next, t, scratch_next);
     const A* z = load_noise<T>(args.noise, t, args.cols, scratch_z);
+    if (t.row < args.z_rows) {
+      const int64_t n = t.row + t.rows <= args.z_rows ? t.n : (args.z_rows - t.row) * args.cols;
+      memcpy(args.z + t.offset, z, static_cast<size_t>(n) * sizeof(float));
+    }
     with_coefficient<A>(args.n, t, args.cols, [&](auto n) {
       for (int64_t j = 0; j < t.n; ++j) next[j] = affine_next<A>(mean[j], z[j], n[j]);
     });
@@ -379,16 +431,31 @@ void combine_tiles(const CombineArgs& args, int64_t begin, int64_t end) {
   }
 }
 
-// sum_j a_j k_j over a tile
-template <class T, class A>
-void sum_slopes(const void* const* k, const double* a, int32_t stages, const Tile& t, A* sum) {
-  Scratch<A> scratch;
-  for (int64_t j = 0; j < t.n; ++j) sum[j] = 0;
-  for (int32_t s = 0; s < stages; ++s) {
-    const A* ks = load<T>(k[s], t, scratch);
-    const A as = static_cast<A>(a[s]);
-    for (int64_t j = 0; j < t.n; ++j) sum[j] += as * ks[j];
+// sum += a_1 k_1 + ... + a_n k_n over a tile, one pass for all
+template <int n, class T, class A>
+__attribute__((noinline)) void add_slopes(const void* const* k, const double* a, const Tile& t, A* __restrict sum) {
+  const T* from[n];
+  A factor[n];
+  for (int s = 0; s < n; ++s) {
+    from[s] = static_cast<const T*>(k[s]) + t.offset;
+    factor[s] = static_cast<A>(a[s]);
   }
+  for (int64_t j = 0; j < t.n; ++j) {
+    A total = sum[j];
+    for (int s = 0; s < n; ++s) total += factor[s] * static_cast<A>(widen(from[s][j]));
+    sum[j] = total;
+  }
+}
+
+// sum_j a_j k_j over a tile
+template <class T, class A, int most = group>
+void sum_slopes(const void* const* k, const double* a, int32_t stages, const Tile& t, A* sum) {
+  if constexpr (most == group) {
+    for (int64_t j = 0; j < t.n; ++j) sum[j] = 0;
+    for (; stages > group; stages -= group, k += group, a += group) add_slopes<group, T>(k, a, t, sum);
+  }
+  if (stages == most) return add_slopes<most, T>(k, a, t, sum);
+  if constexpr (most > 1) sum_slopes<T, A, most - 1>(k, a, stages, t, sum);
 }
 
 template <class T>
@@ -398,7 +465,7 @@ void stage_tiles(const StageArgs& args, int64_t begin, int64_t end) {
   Scratch<A> sum, scratch_x, scratch_out, scratch_k, scratch_y, scratch_next;
   for (int64_t i = begin; i < end; ++i) {
     const Tile t = tile_at(tiling, i);
-    sum_slopes<T>(args.k, args.a, args.stages, t, sum.values);
+    sum_slopes<T, A>(args.k, args.a, args.stages, t, sum.values);
     if (args.k_new) {
       const A* x = load<T>(args.x, t, scratch_x);
       const A* out = load<T>(args.out, t, scratch_out);
@@ -430,7 +497,7 @@ void error_tiles(const ErrorArgs& args, int64_t begin, int64_t end) {
   Scratch<A> scaled, scratch0, scratch1;
   for (int64_t i = begin; i < end; ++i) {
     const Tile t = tile_at(tiling, i);
-    sum_slopes<T>(args.k, args.e, args.stages, t, sum.values);
+    sum_slopes<T, double>(args.k, args.e, args.stages, t, sum.values);
     const A* y0 = load<T>(args.y0, t, scratch0);
     const A* y1 = load<T>(args.y1, t, scratch1);
     with_coefficient<A>(args.h, t, args.cols, [&](auto h) {

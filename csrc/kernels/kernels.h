@@ -31,9 +31,11 @@ struct Matrices {
   int64_t stride_m, stride_k, stride_row;
 };
 
-// Where the noise of a call comes from: an array, a counter-based stream, or nowhere.
+// Where the noise of a call comes from: an array, a counter-based stream, or nowhere. On the CPU also from both: the
+// array then holds what the stream gives for the first rows.
 struct Noise {
   const void* array = nullptr;   // explicit noise in the storage type of the call
+  int64_t array_rows = 0;        // rows of the array; read where there is a key too
   const int64_t* key = nullptr;  // {seed, first draw}
   const int64_t* ids = nullptr;  // a stream id a row; null: the row's number
   int64_t draw = 0;              // added to the first draw
@@ -42,7 +44,8 @@ struct Noise {
   int64_t channels = 0, pixels = 0;
 };
 
-// mean = p x + q out; next = mean + n z. `out` may be null (then q is not read), and either result.
+// mean = p x + q out; next = mean + n z. `out` may be null (then q is not read), and either result. On the CPU, `z` of
+// a float32 call receives the noise of the first z_rows rows.
 struct AffineArgs {
   DType dtype;
   int64_t rows, cols;
@@ -52,6 +55,8 @@ struct AffineArgs {
   Noise noise;
   void* mean;
   void* next;
+  float* z = nullptr;
+  int64_t z_rows = 0;
 };
 
 // r = c out + d z; loss[row] = w sum r^2; grad = 2 w c r, or 2 c r where it is kept unweighted. `c.data` null: out is

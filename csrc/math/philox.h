@@ -54,58 +54,60 @@ SCORESDE_HD int64_t integer_from(uint32_t word, uint64_t high) {
   return static_cast<int64_t>((uint64_t{word} * high) >> 32);
 }
 
-// log(u) for positive normal u: u = 2^e (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)); minimax polynomial, relative error
-// 6e-9.
-SCORESDE_HD float log_positive(float u) {
-  const int32_t shifted = bits_as<int32_t>(u) - 0x3f3504f3;  // sqrt(1/2)
-  const int32_t e = shifted >> 23;
-  const float f = bits_as<float>((shifted & 0x007fffff) + 0x3f3504f3) - 1.0f;
-  float p = -0x1.38b4ccp-4f;
-  p = mul_add(p, f, 0x1.055b46p-3f);
-  p = mul_add(p, f, -0x1.0d8552p-3f);
-  p = mul_add(p, f, 0x1.22da22p-3f);
-  p = mul_add(p, f, -0x1.547244p-3f);
-  p = mul_add(p, f, 0x1.99a008p-3f);
-  p = mul_add(p, f, -0x1.000228p-2f);
-  p = mul_add(p, f, 0x1.555554p-2f);
-  const float f2 = f * f;
-  const float tail = mul_add(p * f, f2, -0.5f * f2);
-  // ln 2 in two parts, the first short enough that e times it is exact.
-  const float scale = static_cast<float>(e);
-  return mul_add(scale, 0x1.62ep-1f, f + mul_add(scale, 0x1.0bfbe8p-15f, tail));
+// The functions below take one number, or the vectors of kernels/cpu_normals.h.
+
+// -2 log(u) for positive normal u: u = 2^e (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)); minimax polynomial, relative
+// error 6e-9. The factor -2 is in the coefficients.
+template <class F>
+SCORESDE_HD F minus_two_log(F u) {
+  const auto shifted = bits_of(u) - 0x3f3504f3u;  // sqrt(1/2)
+  const F e = from_signed(shift_signed(shifted, 23));
+  const F f = float_of((shifted & 0x007fffffu) + 0x3f3504f3u) - 1.0f;
+  F p = 0x1.38b4ccp-3f;
+  p = mul_add(p, f, F(-0x1.055b46p-2f));
+  p = mul_add(p, f, F(0x1.0d8552p-2f));
+  p = mul_add(p, f, F(-0x1.22da22p-2f));
+  p = mul_add(p, f, F(0x1.547244p-2f));
+  p = mul_add(p, f, F(-0x1.99a008p-2f));
+  p = mul_add(p, f, F(0x1.000228p-1f));
+  p = mul_add(p, f, F(-0x1.555554p-1f));
+  const F f2 = f * f;
+  const F tail = mul_add(p * f, f2, f2);
+  // 2 ln 2 in two parts, the first short enough that e times it is exact.
+  return mul_add(e, F(-0x1.62ep0f), mul_add(f, F(-2.0f), mul_add(e, F(-0x1.0bfbe8p-14f), tail)));
 }
 
+template <class F>
 struct Pair {
-  float a, b;
+  F a, b;
 };
 
 // Two independent standard normals from two words (Box and Muller 1958): radius sqrt(-2 log u), u = (word + 1/2) /
 // 2^32, and an angle of `turn` 2^-32 turns, reduced exactly in integers to at most an eighth of a turn.
-SCORESDE_HD Pair normals_from(uint32_t word, uint32_t turn) {
+template <class U>
+SCORESDE_HD auto normals_from(U word, U turn) {
+  using F = decltype(float_of(word));
   // Two 16-bit halves convert exactly; the sum rounds once.
-  const float u = mul_add(static_cast<float>(static_cast<int32_t>(word >> 16)), 0x1p-16f,
-                          mul_add(static_cast<float>(static_cast<int32_t>(word & 0xffffu)), 0x1p-32f, 0x1p-33f));
-  const float radius = __builtin_sqrtf(-2.0f * log_positive(u));
+  const F u =
+      mul_add(from_signed(word >> 16), F(0x1p-16f), mul_add(from_signed(word & 0xffffu), F(0x1p-32f), F(0x1p-33f)));
+  const F radius = root(minus_two_log(u));
 
-  const uint32_t quadrant = (turn + 0x20000000u) >> 30;
-  const float r =
-      static_cast<float>(static_cast<int32_t>(turn - (quadrant << 30))) * 0x1p-31f;  // half turns, |r| <= 1/4
-  const float r2 = r * r;
-  float s = 0.08099587f;
-  s = mul_add(s, r2, -0.5992014f);
-  s = mul_add(s, r2, 2.5501626f);
-  s = mul_add(s, r2, -5.1677127f);
-  s = mul_add(s, r2, 3.1415927f) * r;
-  float c = 0.23126093f;
-  c = mul_add(c, r2, -1.3350359f);
-  c = mul_add(c, r2, 4.0587068f);
-  c = mul_add(c, r2, -4.934802f);
-  c = mul_add(c, r2, 1.0f);
-  const uint32_t swap = 0u - (quadrant & 1u);
-  const uint32_t sb = bits_as<uint32_t>(s), cb = bits_as<uint32_t>(c);
-  const uint32_t cos_bits = ((cb & ~swap) | (sb & swap)) ^ (((quadrant + 1u) & 2u) << 30);
-  const uint32_t sin_bits = ((sb & ~swap) | (cb & swap)) ^ ((quadrant & 2u) << 30);
-  return {radius * bits_as<float>(cos_bits), radius * bits_as<float>(sin_bits)};
+  const U quadrant = turn + 0x20000000u;                                   // its two highest bits
+  const F r = from_signed(turn - (quadrant & 0xc0000000u)) * F(0x1p-31f);  // half turns, |r| <= 1/4
+  const F r2 = r * r;
+  F s = 0.08099587f;
+  F c = 0.23126093f;
+  s = mul_add(s, r2, F(-0.5992014f));
+  c = mul_add(c, r2, F(-1.3350359f));
+  s = mul_add(s, r2, F(2.5501626f));
+  c = mul_add(c, r2, F(4.0587068f));
+  s = mul_add(s, r2, F(-5.1677127f));
+  c = mul_add(c, r2, F(-4.934802f));
+  s = mul_add(s, r2, F(3.1415927f)) * r;
+  c = mul_add(c, r2, F(1.0f));
+  const U odd = quadrant << 1;
+  return Pair<F>{radius * change_sign(where_highest_bit(odd, s, c), odd ^ quadrant),
+                 radius * change_sign(where_highest_bit(odd, c, s), quadrant)};
 }
 
 // The standard normal of one of the four elements of a block.

@@ -46,6 +46,20 @@ SCORESDE_HD A mul_add(A a, A b, A c) {
 #endif
 }
 
+// What functors do to single numbers; kernels/cpu_normals.h has the same for vectors.
+SCORESDE_HD uint32_t bits_of(float v) { return bits_as<uint32_t>(v); }
+SCORESDE_HD float float_of(uint32_t bits) { return bits_as<float>(bits); }
+SCORESDE_HD float from_signed(uint32_t v) { return static_cast<float>(static_cast<int32_t>(v)); }
+SCORESDE_HD uint32_t shift_signed(uint32_t v, int n) { return static_cast<uint32_t>(static_cast<int32_t>(v) >> n); }
+SCORESDE_HD float root(float v) { return __builtin_sqrtf(v); }
+// a where the highest bit of m is set, else b
+SCORESDE_HD float where_highest_bit(uint32_t m, float a, float b) {
+  const uint32_t mask = shift_signed(m, 31);
+  return float_of((bits_of(a) & mask) | (bits_of(b) & ~mask));
+}
+// v with its sign changed where the highest bit of m is set
+SCORESDE_HD float change_sign(float v, uint32_t m) { return float_of(bits_of(v) ^ (m & 0x80000000u)); }
+
 // bfloat16 and IEEE half as stored bits. Conversions are branch-free integer arithmetic, which every compiler
 // vectorises.
 struct bf16 {

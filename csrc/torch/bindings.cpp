@@ -11,11 +11,6 @@
 
 namespace py = pybind11;
 
-// Of torch/csrc/autograd/graph_task.h, which is not a light header.
-namespace torch::autograd {
-bool get_current_graph_task_keep_graph();
-}
-
 namespace {
 
 #if defined(__clang__)
@@ -91,8 +86,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("build_info", &build_info,
              "How this module was built (compiler, torch, cuda: None or nvcc and archs, cpu_capabilities) and the "
              "instruction set its CPU kernels use on this machine (cpu_capability).");
-  module.def("graph_is_kept", &torch::autograd::get_current_graph_task_keep_graph,
-             "Whether the backward pass that is running keeps its graph for another one (retain_graph, create_graph).");
 #ifdef SCORESDE_EXT_WITH_CUDA
   py::class_<DeviceLoop>(module, "DeviceLoop", "A captured step that the device repeats while a flag is not 0.")
       .def(py::init<uintptr_t, uintptr_t>(), py::arg("step"), py::arg("flag"))

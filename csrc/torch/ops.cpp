@@ -165,6 +165,21 @@ struct NoiseInput {
     }
   }
 
+  // A stream of which the array `kept` holds the first samples' noise.
+  NoiseInput(const Tensor& kept, const Tensor& stream_key, const OptTensor& stream_ids, int64_t draw,
+             const Tensor& like)
+      : NoiseInput(stream_key, stream_ids, draw, shape_of(like, "x"), like.device()) {
+    TORCH_CHECK_VALUE(like.is_cpu() && like.scalar_type() == at::kFloat && kept.scalar_type() == at::kFloat &&
+                          kept.is_cpu() && kept.is_contiguous() && kept.dim() == like.dim() &&
+                          kept.size(0) <= like.size(0) && kept.sizes().slice(1) == like.sizes().slice(1),
+                      "z, key: expected one of them, or the noise that perturb_keeping kept: a contiguous float32 "
+                      "tensor on the CPU of the first samples of ",
+                      like.sizes(), ", got ", kept.scalar_type(), " ", kept.sizes(), " on ", kept.device(), ".");
+    z = kept;
+    noise.array = z.const_data_ptr();
+    noise.array_rows = z.size(0);
+  }
+
   NoiseInput(const Tensor& stream_key, const OptTensor& stream_ids, int64_t draw, Shape shape, at::Device device)
       : key(stream_key.contiguous()) {
     TORCH_CHECK_VALUE(key.scalar_type() == at::kLong && key.sizes() == at::IntArrayRef({2}) && key.device() == device,
@@ -294,6 +309,27 @@ Tensor perturb(const Tensor& x, const Tensor& m, const Tensor& s, const OptTenso
   return run_affine(x, {}, m, {}, s, z, key, ids, draw, false).second;
 }
 
+// perturb of a float32 batch on the CPU, and the noise of its first `kept` samples, which score_loss takes with the
+// key.
+std::tuple<Tensor, Tensor> perturb_keeping(const Tensor& x, const Tensor& m, const Tensor& s, const Tensor& key,
+                                           const OptTensor& ids, int64_t draw, int64_t kept) {
+  TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat, "x: expected float32, got ", x.scalar_type(), ".");
+  const Layout layout(x, "x", true);
+  const Shape shape = shape_of(x, "x");
+  TORCH_CHECK_VALUE(kept >= 0 && kept <= shape.rows, "kept: expected 0 to ", shape.rows, " samples, got ", kept, ".");
+  const NoiseInput noise(key, ids, draw, shape, x.device());
+  const Tensor xs = layout.input(x, "x");
+  const Numbers ms(m, "m", x), ss(s, "s", x);
+  std::vector<int64_t> size = x.sizes().vec();
+  size[0] = kept;
+  const Tensor next = layout.output(), z = at::empty(size, x.options());
+  AffineArgs args{DType::f32, shape.rows, shape.cols};
+  args.x = xs.const_data_ptr(), args.p = ms.coefficient, args.n = ss.coefficient, args.noise = noise.noise;
+  args.next = next.mutable_data_ptr(), args.z = z.mutable_data_ptr<float>(), args.z_rows = kept;
+  run(cpu_kernels().affine, args, x.device());
+  return {layout.result(next), z};
+}
+
 // ---- score-matching loss ----
 
 std::tuple<Tensor, Tensor> score_loss(const Tensor& out, const OptTensor& c, const OptTensor& d, const Tensor& w,
@@ -302,7 +338,7 @@ std::tuple<Tensor, Tensor> score_loss(const Tensor& out, const OptTensor& c, con
   const DType dtype = dtype_of(out, "out");
   const Layout layout(out, "out", key.has_value());
   const Shape shape = shape_of(out, "out");
-  const NoiseInput noise(z, key, ids, draw, out, layout);
+  const NoiseInput noise = z && key ? NoiseInput(*z, *key, ids, draw, out) : NoiseInput(z, key, ids, draw, out, layout);
   TORCH_CHECK_VALUE(d.has_value() == (z.has_value() || key.has_value()),
                     "d: expected exactly where there is noise (z or key).");
   TORCH_CHECK_VALUE(c.has_value() || (d.has_value() && !with_grad),
@@ -510,6 +546,9 @@ TORCH_LIBRARY(scoresde_ext, m) {
       "draw) -> (Tensor, Tensor)");
   m.def("perturb(Tensor x, Tensor m, Tensor s, Tensor? z, Tensor? key, Tensor? ids, int draw) -> Tensor");
   m.def(
+      "perturb_keeping(Tensor x, Tensor m, Tensor s, Tensor key, Tensor? ids, int draw, SymInt kept) -> (Tensor, "
+      "Tensor)");
+  m.def(
       "score_loss(Tensor out, Tensor? c, Tensor? d, Tensor w, Tensor? z, Tensor? key, Tensor? ids, int draw, bool "
       "with_grad) "
       "-> (Tensor, Tensor)");
@@ -525,7 +564,10 @@ TORCH_LIBRARY(scoresde_ext, m) {
   m.def("noise_integers(Tensor key, Tensor? ids, int draw, SymInt[] size, int high) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(scoresde_ext, CPU, m) { implement(m); }
+TORCH_LIBRARY_IMPL(scoresde_ext, CPU, m) {
+  implement(m);
+  m.impl("perturb_keeping", &perturb_keeping);
+}
 #ifdef SCORESDE_EXT_WITH_CUDA
 TORCH_LIBRARY_IMPL(scoresde_ext, CUDA, m) { implement(m); }
 #endif

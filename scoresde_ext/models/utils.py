@@ -131,9 +131,15 @@ class ScoreFunction:
     """
 
     def __init__(
-        self, sde: sde_lib.SDE, network: Network, labels: Callable[[Tensor], Tensor], coefficient: Callable[[Any], Any]
+        self,
+        sde: sde_lib.SDE,
+        network: Network,
+        labels: Callable[[Tensor], Tensor],
+        coefficient: Callable[[Any], Any],
+        predicts_noise: bool = False,
     ) -> None:
         self.sde, self.network, self.labels, self.coefficient = sde, network, labels, coefficient
+        self.predicts_noise = predicts_noise  # score = -out / std(t)
 
     def terms(self, x: Tensor, t: Tensor) -> tuple[Tensor, Any]:
         """``(out, k)``"""
@@ -165,7 +171,7 @@ def make_score_fn(sde: sde_lib.SDE, network: Callable[[Tensor, Tensor], Tensor],
     """:func:`get_score_fn` for a network that is in its mode already."""
     if isinstance(sde, (sde_lib.VPSDE, sde_lib.subVPSDE)):
         if continuous or isinstance(sde, sde_lib.subVPSDE):
-            return ScoreFunction(sde, network, lambda t: t * 999, lambda t: -1.0 / _marginal_std(sde, t))
+            return ScoreFunction(sde, network, lambda t: t * 999, lambda t: -1.0 / _marginal_std(sde, t), True)
 
         def discrete_std(t: Tensor) -> Tensor:
             labels = (t * (sde.N - 1)).long()
