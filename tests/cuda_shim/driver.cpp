@@ -45,8 +45,14 @@ class Call {
     return {array(name), integer_or_0(name + ".stride"), integer_or_0(name + ".double") != 0};
   }
   Noise noise() const {
-    return {array("z"),           array<int64_t>("key"),    array<int64_t>("ids"),
-            integer_or_0("draw"), integer_or_0("channels"), integer_or_0("pixels")};
+    Noise noise;
+    noise.array = array("z");
+    noise.key = array<int64_t>("key");
+    noise.ids = array<int64_t>("ids");
+    noise.draw = integer_or_0("draw");
+    noise.channels = integer_or_0("channels");
+    noise.pixels = integer_or_0("pixels");
+    return noise;
   }
   int32_t slopes(const void** k, double* weights, const char* name) const {
     const int32_t n = static_cast<int32_t>(integer("stages"));
