@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import yaml
 from job_networks import Odd, Tiny
@@ -378,6 +379,19 @@ def test_upstreams_checkpoints(tmp_path: Path) -> None:
         more = [*SAMPLERS["unipc"], "--format", "pt", "--checkpoint", str(tmp_path / "checkpoint.pth")]
         assert job(out, *more, "--weights", which, samples=4) == 0
         np.testing.assert_allclose(found(out)[0], alone("unipc", network, range(4)), rtol=1e-5, atol=1e-6)
+
+
+def test_safetensors(tmp_path: Path) -> None:
+    """Weights for a network that a function without arguments makes."""
+    network = Tiny()
+    with torch.no_grad():
+        network.gain.fill_(0.9)
+    path = tmp_path / "weights.safetensors"
+    safetensors.torch.save_file(network.state_dict(), path)
+    assert job(tmp_path / "out", *SAMPLERS["unipc"], "--format", "pt", "--checkpoint", str(path), samples=4) == 0
+    samples = torch.as_tensor(found(tmp_path / "out")[0])
+    np.testing.assert_allclose(samples, alone("unipc", network, range(4)), rtol=1e-5, atol=1e-6)
+    assert (samples - alone("unipc", Tiny(), range(4))).abs().max() > 0.01
 
 
 def test_networks_of_a_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
