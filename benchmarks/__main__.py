@@ -12,7 +12,7 @@ import argparse
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from . import digits, plots_speed, record
-from .cases import CASES, COPY, Case, Shape
+from .cases import CASES, COPY, Case, Measured, Shape
 from .work_precision import work_at
 from .worker import Worker
 
@@ -41,23 +41,6 @@ class Effort(NamedTuple):
 
 FULL = Effort(turns=6, seconds=0.2, threads=(1, 2), samples=2048)
 QUICK = Effort(turns=2, seconds=0.05, threads=(1,), samples=128)
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Seconds of one unit of work of a competitor."""
-
-    case: str
-    shape: Shape
-    threads: int
-    competitor: str
-    unit: str
-    best: float
-    q10: float
-    median: float
-    q90: float
-    runs: int
-    peak_bytes: int | None
 
 
 @contextmanager

@@ -44,6 +44,23 @@ Run = Callable[[Draws], Result]
 
 
 @dataclass(frozen=True)
+class Measured:
+    """Seconds of one unit of work of a competitor."""
+
+    case: str
+    shape: Shape
+    threads: int
+    competitor: str
+    unit: str
+    best: float
+    q10: float
+    median: float
+    q90: float
+    runs: int
+    peak_bytes: int | None
+
+
+@dataclass(frozen=True)
 class Case:
     """``draws(shape)``: the random numbers of a check. ``tolerance``: of its comparison, relative to the largest
     value."""

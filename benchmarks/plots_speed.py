@@ -5,19 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from .cases import CASES, COPY, EAGER, OURS
+from .cases import CASES, COPY, EAGER, OURS, Measured
 from .digits import FITTED, K_DIFFUSION, Timed
 from .work_precision import line
-
-if TYPE_CHECKING:
-    from .__main__ import Measured
 
 # Okabe and Ito's colours, which all eyes tell apart.
 COLOURS = {
