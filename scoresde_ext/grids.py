@@ -136,7 +136,7 @@ def calibrate_grid(
 ) -> Grid:
     """A grid of ``nfe`` steps of UniPC for this network.
 
-    Costs about ``400 + 3 nfe`` evaluations of ``samples`` samples, once for a network and an SDE.
+    Costs about ``300 + 5 nfe`` evaluations of ``samples`` samples, once for a network and an SDE.
 
     Args:
         sde: an affine SDE.
