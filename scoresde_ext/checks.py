@@ -20,9 +20,9 @@ def check_array(name: str, y: Any) -> None:
         )
 
 
-def check_inputs(x: Tensor, t: Tensor, T: float) -> None:
+def check_inputs(x: Tensor, t: Tensor, T: float) -> float | None:
     """States are floating point ``(B, *)``; times are one a sample, in [0, T]. The times' values are looked at on the
-    CPU alone: elsewhere that would wait for the device.
+    CPU alone: elsewhere that would wait for the device. Returns the time where all samples are seen to have the same.
 
     Raises:
         ValueError: another shape, dtype or device, a value outside [0, T], or NaN.
@@ -35,10 +35,12 @@ def check_inputs(x: Tensor, t: Tensor, T: float) -> None:
             f"got {got}. "
             "For one time for all, use torch.full((B,), t)."
         )
-    if t.is_cpu and not torch.compiler.is_compiling() and not bool(((t >= 0) & (t <= T * (1 + 1e-6))).all()):
-        raise ValueError(
-            f"t: expected times in [0, T = {T}], got values from {t.min().item():g} to {t.max().item():g}."
-        )
+    if not t.is_cpu or torch.compiler.is_compiling() or len(t) == 0:
+        return None
+    first, last = (v.item() for v in t.aminmax())  # NaN where there is one
+    if not (first >= 0 and last <= T * (1 + 1e-6)):
+        raise ValueError(f"t: expected times in [0, T = {T}], got values from {first:g} to {last:g}.")
+    return first if first == last else None
 
 
 def check_state(name: str, y: Any) -> None:

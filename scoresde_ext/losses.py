@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from . import noise, ops
 from .checks import check_array, check_eps, check_state
 from .models import utils as mutils
-from .reference import rows
+from .reference import Draw, rows
 from .sde_lib import SDE, VESDE, VPSDE, is_affine
 
 LossFn = Callable[[Any, Tensor], Tensor]
@@ -59,14 +59,13 @@ def optimization_manager(config: Any) -> Callable[..., None]:
     return optimize_fn
 
 
-def _check_batch(batch: Tensor) -> None:
-    check_array("batch", batch)
-    # A sum is not finite where an element is not; it costs one cached read. Elsewhere than on the CPU it would wait for
-    # the device.
-    if batch.is_cpu and not torch.compiler.is_compiling():
-        total = batch.sum(dtype=ops.compute_dtype(batch))
-        if not math.isfinite(total.item()):
-            check_state("batch", batch)
+def _perturbed(batch: Tensor, m: Tensor | float, s: Tensor | float, draw: Draw) -> tuple[Tensor, Draw]:
+    """:func:`ops.perturb_keeping`, which finds NaN and Inf on its way; the error then names the samples."""
+    try:
+        return ops.perturb_keeping(batch, m, s, draw)
+    except ValueError:
+        check_state("batch", batch)
+        raise
 
 
 def _reduction(x: Tensor, reduce_mean: bool) -> float:
@@ -103,25 +102,28 @@ def get_sde_loss_fn(
     """
     check_eps(eps, sde.T)
 
+    affine = is_affine(sde)
+
     def loss_fn(model: Any, batch: Tensor) -> Tensor:
-        _check_batch(batch)
+        check_array("batch", batch)
         mutils.ensure_mode(model, train)
         score_fn = mutils.make_score_fn(sde, mutils.CheckedNetwork(model), continuous)
         u = noise.uniform(batch.new_empty(len(batch), dtype=ops.compute_dtype(batch)))
         t = u * (sde.T - eps) + eps
         draw = noise.normal(batch)
         weight = _reduction(batch, reduce_mean)
-        if not is_affine(sde):
+        if not affine:
+            check_state("batch", batch)
             return _plain_loss(sde, score_fn, batch, t, ops.materialize(draw, batch), likelihood_weighting, weight)
-        m, std = sde.marginal_coefficients(t)
-        x, draw = ops.perturb_keeping(batch, m, std, draw)
+        m, std = sde.marginal_coefficients(t)  # type: ignore[attr-defined]
+        x, draw = _perturbed(batch, m, std, draw)
         out = score_fn.network(x, score_fn.labels(t))
         del x  # unless the network keeps it for its own derivative, its memory serves for the gradient
         k = -1.0 if score_fn.predicts_noise else score_fn.coefficient(t) * std  # score std = k out
         if likelihood_weighting:  # (score + z / std)^2 g^2 = (score std + z)^2 (g / std)^2
-            ratio = sde.sde_coefficients(t)[1] / std
-            return ops.score_loss(out, k, 1.0, weight * ratio * ratio, draw).sum()
-        return ops.score_loss(out, k, 1.0, weight, draw).sum()  # (score std + z)^2
+            ratio = sde.sde_coefficients(t)[1] / std  # type: ignore[attr-defined]
+            return ops.score_loss(out, k, 1.0, weight * ratio * ratio, draw, total=True)
+        return ops.score_loss(out, k, 1.0, weight, draw, total=True)  # (score std + z)^2
 
     return loss_fn
 
@@ -151,17 +153,17 @@ def get_smld_loss_fn(vesde: VESDE, train: bool, reduce_mean: bool = False) -> Lo
         raise AssertionError(f"vesde: SMLD training works for VESDE alone, got {type(vesde).__name__}.")
 
     def loss_fn(model: Any, batch: Tensor) -> Tensor:
-        _check_batch(batch)
+        check_array("batch", batch)
         mutils.ensure_mode(model, train)
         like = batch.new_empty(len(batch), dtype=ops.compute_dtype(batch))
         labels = noise.integers(vesde.N, like)
         sigmas = vesde.table("discrete_sigmas", like)[vesde.N - 1 - labels]  # label 0 is the largest
         draw = noise.normal(batch)
-        x, draw = ops.perturb_keeping(batch, 1.0, sigmas, draw)
+        x, draw = _perturbed(batch, 1.0, sigmas, draw)
         out = mutils.CheckedNetwork(model)(x, labels)
         del x
         # (score + z / sigma)^2 sigma^2
-        return ops.score_loss(out, sigmas, 1.0, _reduction(batch, reduce_mean), draw).sum()
+        return ops.score_loss(out, sigmas, 1.0, _reduction(batch, reduce_mean), draw, total=True)
 
     return loss_fn
 
@@ -174,17 +176,17 @@ def get_ddpm_loss_fn(vpsde: VPSDE, train: bool, reduce_mean: bool = True) -> Los
         raise AssertionError(f"vpsde: DDPM training works for VPSDE alone, got {type(vpsde).__name__}.")
 
     def loss_fn(model: Any, batch: Tensor) -> Tensor:
-        _check_batch(batch)
+        check_array("batch", batch)
         mutils.ensure_mode(model, train)
         like = batch.new_empty(len(batch), dtype=ops.compute_dtype(batch))
         labels = noise.integers(vpsde.N, like)
         m, std = (vpsde.table(name, like)[labels] for name in ("sqrt_alphas_cumprod", "sqrt_1m_alphas_cumprod"))
         draw = noise.normal(batch)
-        x, draw = ops.perturb_keeping(batch, m, std, draw)
+        x, draw = _perturbed(batch, m, std, draw)
         out = mutils.CheckedNetwork(model)(x, labels)
         del x
         # (out - z)^2
-        return ops.score_loss(out, 1.0, -1.0, _reduction(batch, reduce_mean), draw).sum()
+        return ops.score_loss(out, 1.0, -1.0, _reduction(batch, reduce_mean), draw, total=True)
 
     return loss_fn
 

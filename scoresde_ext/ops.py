@@ -16,12 +16,15 @@ coefficients or noise arrays that require gradients are answered by it.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import reference
 from .reference import Draw
@@ -62,9 +65,19 @@ def _array(name: str, t: Any, x: Tensor) -> Tensor:
     return t if t.dtype == x.dtype else t.to(x.dtype)
 
 
+@functools.lru_cache(maxsize=256)
+def _constant(v: float, dtype: torch.dtype) -> Tensor:
+    """A number as a tensor on the CPU. Most come again at every step, and to make one costs as much as a small kernel.
+    By numpy: what an op of torch returned might belong to a transformation of torch.func that is in force now."""
+    with np.errstate(over="ignore"):  # beyond the range: Inf, as tensors are rounded
+        return torch.from_numpy(np.full(1, v, np.float64 if dtype == torch.float64 else np.float32))
+
+
 def _number(name: str, v: Any, x: Tensor) -> Tensor:
     """A coefficient as a tensor of one element or ``(B,)``."""
     if isinstance(v, (int, float)):
+        if x.is_cpu and not torch.compiler.is_compiling() and not is_in_torch_dispatch_mode():
+            return _constant(v, compute_dtype(x))
         return torch.full((1,), v, dtype=compute_dtype(x), device=x.device)
     if not isinstance(v, Tensor) or not v.is_floating_point():
         got = v.dtype if isinstance(v, Tensor) else type(v).__name__
@@ -193,11 +206,17 @@ little more memory for it."""
 def perturb_keeping(x0: Tensor, m: Tensor | float, s: Tensor | float, draw: Draw) -> tuple[Tensor, Draw]:
     """:func:`perturb`, and the draw as :func:`score_loss` takes it: on the CPU with the noise of the first samples,
     which costs less to keep than to generate again. That of a float32 batch that requires no gradient; others are
-    perturbed as always and get their draw back."""
+    perturbed as always and get their draw back.
+
+    Raises:
+        ValueError: NaN or Inf in ``x0``, looked for on the CPU alone.
+    """
     _state("x0", x0)
     ms, ss, noise = _number("m", m, x0), _number("s", s, x0), _noise(draw, x0)
     keeps = x0.is_cpu and x0.dtype == torch.float32 and draw.key is not None
     if not keeps or _needs_reference(x0, ms, ss):
+        if x0.is_cpu and not torch.compiler.is_compiling() and not x0.isfinite().all():
+            raise ValueError("x0: expected finite values, got NaN or Inf.")
         return perturb(x0, m, s, draw), draw
     kept = min(len(x0), KEPT_BYTES // (4 * max(math.prod(x0.shape[1:]), 1)))
     x, z = _ops.perturb_keeping(x0, ms, ss, *noise[1:], kept)
@@ -208,10 +227,15 @@ def perturb_keeping(x0: Tensor, m: Tensor | float, s: Tensor | float, draw: Draw
 
 
 def score_loss(
-    out: Tensor, c: Tensor | float | None, d: Tensor | float | None, w: Tensor | float, draw: Draw | None = None
+    out: Tensor,
+    c: Tensor | float | None,
+    d: Tensor | float | None,
+    w: Tensor | float,
+    draw: Draw | None = None,
+    total: bool = False,
 ) -> Tensor:
     """``w sum r^2`` over each sample with ``r = c out + d z``, shape ``(B,)``: the denoising score-matching loss (Song
-    et al. 2021, eq. 7).
+    et al. 2021, eq. 7); with ``total``, the sum over all samples, shape ``()``.
 
     Where ``out`` requires a gradient, ``2 w c r`` is computed in the same pass and kept (``2 c r`` in half precision,
     where the weight would underflow before a loss scale could save it). With ``c=None`` the array
@@ -228,10 +252,11 @@ def score_loss(
     ws, noise = _number("w", w, out), (None, None, None, 0) if d is None else _noise(draw, out, kept=True)
     if _needs_reference(cs, ds, ws, noise[0]):
         z = None if draw is None else Draw(materialize(draw, out))
-        return reference.score_loss(out, cs, ds, ws, z)[0].to(compute_dtype(out))
+        loss = reference.score_loss(out, cs, ds, ws, z)[0].to(compute_dtype(out))
+        return loss.sum() if total else loss
     with_grad = c is not None and out.requires_grad and torch.is_grad_enabled()
     shape_only = c is None  # then nothing depends on the values of out
-    return _op("score_loss", out)(out.detach() if shape_only else out, cs, ds, ws, *noise, with_grad)[0]
+    return _op("score_loss", out)(out.detach() if shape_only else out, cs, ds, ws, *noise, with_grad, total)[0]
 
 
 # ---- multistep ----
@@ -351,6 +376,18 @@ def noise_normal(key: Tensor, ids: Tensor | None, draw: int, size: Sequence[int]
     return _op("noise_normal", key)(key, ids, draw, size)
 
 
+def squares_of_noise(draw: Draw, like: Tensor) -> tuple[Draw, Tensor]:
+    """The sum of squares of each sample's noise, ``(B,)``, and the draw for another use of it: on the CPU as an array,
+    which costs less to keep than to generate again."""
+    if like.is_cpu and draw.key is not None and like.dtype == torch.float32:
+        _generated(draw.key, draw.ids, like.shape)
+        z, squares = _ops.noise_with_squares(draw.key, draw.ids, draw.draw, like.shape)
+        return Draw(z), squares
+    if like.is_cpu:
+        draw = Draw(materialize(draw, like))
+    return draw, score_loss(like, None, 1.0, 1.0, draw)
+
+
 def noise_uniform(key: Tensor, ids: Tensor | None, draw: int, size: Sequence[int]) -> Tensor:
     """Uniform on [0, 1) with 24 bits, float32."""
     _generated(key, ids, size)
@@ -376,8 +413,8 @@ def materialize(draw: Draw, like: Tensor) -> Tensor:
 def _register_fakes() -> None:
     fake = torch.library.register_fake
 
-    def loss_fake(out, c, d, w, z, key, ids, draw, with_grad):
-        loss = out.new_empty((out.shape[0],), dtype=compute_dtype(out))
+    def loss_fake(out, c, d, w, z, key, ids, draw, with_grad, total):
+        loss = out.new_empty(() if total else (out.shape[0],), dtype=compute_dtype(out))
         return loss, torch.empty_like(out) if with_grad else out.new_empty((0,))
 
     fake("scoresde_ext::affine")(lambda x, out, p, q: torch.empty_like(x))
@@ -397,6 +434,12 @@ def _register_fakes() -> None:
     )
     fake("scoresde_ext::rk_control")(lambda norm, h, after_rejection, exponent: norm.new_empty((2, norm.shape[0])))
     fake("scoresde_ext::noise_normal")(lambda key, ids, draw, size: key.new_empty(size, dtype=torch.float32))
+    fake("scoresde_ext::noise_with_squares")(
+        lambda key, ids, draw, size: (
+            key.new_empty(size, dtype=torch.float32),
+            key.new_empty((size[0],), dtype=torch.float32),
+        )
+    )
     fake("scoresde_ext::noise_uniform")(lambda key, ids, draw, size: key.new_empty(size, dtype=torch.float32))
     fake("scoresde_ext::noise_integers")(lambda key, ids, draw, size, high: key.new_empty(size))
 

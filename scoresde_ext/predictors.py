@@ -22,7 +22,7 @@ from . import noise, ops, sde_lib
 from .checks import check_inputs
 from .integrate import time_vector
 from .models import utils as mutils
-from .sde_lib import SDE, ReverseSDE, is_affine, score_terms
+from .sde_lib import SDE, ReverseSDE, is_affine, score_terms, sqrt
 
 ScoreFn = Callable[[Tensor, Tensor], Tensor]
 
@@ -86,6 +86,14 @@ def takes_grid(predictor: type) -> bool:
     return bool(owners) and not any("update_fn" in vars(cls) for cls in classes[: classes.index(owners[0])])
 
 
+def _times(step: Predictor | Corrector, x: Tensor, t: Tensor) -> Any:
+    """``t``, checked; or, where it is seen to be one time for all samples, that number. Coefficients then are numbers
+    too: computing them takes microseconds, and a tenth of a millisecond as small tensors."""
+    at = check_inputs(x, t, step.sde.T)
+    ours = type(step.sde).__module__ == sde_lib.__name__ and getattr(step.score_fn, "sde", step.sde) is step.sde
+    return at if at is not None and ours and t.dtype == torch.float32 else t
+
+
 def _update(x: Tensor, out: Tensor | None, p: Any, q: Any, n: Any) -> tuple[Tensor, Tensor]:
     """``x_mean = p x + q out``, ``x = x_mean + n z`` with the next draw of noise: ``(x, x_mean)``."""
     mean, after = ops.affine_noise(x, out, p, q, n, noise.normal(x))
@@ -104,9 +112,9 @@ class EulerMaruyamaPredictor(Predictor):
         return self._step(x, time_vector(t, x), earlier - t)
 
     def _step(self, x: Tensor, t: Tensor, dt: float) -> tuple[Tensor, Tensor]:
-        check_inputs(x, t, self.sde.T)
+        at = _times(self, x, t)
         if type(self.rsde) is ReverseSDE and is_affine(self.sde):
-            f, out, q, g = self.rsde.sde_terms(x, t)
+            f, out, q, g = self.rsde.sde_terms(x, t, at)
             return _update(x, out, 1.0 + f * dt, q * dt, g * math.sqrt(-dt))
         drift, diffusion = self.rsde.sde(x, t)
         return _update(x, drift, 1.0, dt, diffusion * math.sqrt(-dt))
@@ -118,9 +126,9 @@ class ReverseDiffusionPredictor(Predictor):
     appendix D.3)."""
 
     def update_fn(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        check_inputs(x, t, self.sde.T)
+        at = _times(self, x, t)
         if type(self.rsde) is ReverseSDE and is_affine(self.sde):
-            f, out, q, n = self.rsde.discrete_terms(x, t)
+            f, out, q, n = self.rsde.discrete_terms(x, t, at)
             return _update(x, out, 1.0 - f, -q, n)
         step, n = self.rsde.discretize(x, t)
         return _update(x, step, 1.0, -1.0, n)
@@ -152,16 +160,16 @@ class AncestralSamplingPredictor(Predictor):
             raise AssertionError("probability_flow: ancestral sampling has no probability flow. Use reverse_diffusion.")
 
     def update_fn(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        check_inputs(x, t, self.sde.T)
-        out, k = score_terms(self.score_fn, x, t)
+        at = _times(self, x, t)
+        out, k = score_terms(self.score_fn, x, t, at)
         if isinstance(self.sde, sde_lib.VESDE):
-            sigma, below = self.sde.adjacent_sigmas(t)
+            sigma, below = self.sde.adjacent_sigmas(at)
             gain = sigma**2 - below**2
-            return _update(x, out, 1.0, gain * k, torch.sqrt(below**2 * gain / sigma**2))
+            return _update(x, out, 1.0, gain * k, sqrt(below**2 * gain / sigma**2))
         assert isinstance(self.sde, sde_lib.VPSDE)
-        beta = self.sde.discrete_beta(t)
-        p = 1.0 / torch.sqrt(1.0 - beta)
-        return _update(x, out, p, beta * p * k, torch.sqrt(beta))
+        beta = self.sde.discrete_beta(at)
+        p = 1.0 / sqrt(1.0 - beta)
+        return _update(x, out, p, beta * p * k, sqrt(beta))
 
     def step_to(self, x: Tensor, t: float, earlier: float) -> tuple[Tensor, Tensor]:
         """The same for one step of the forward process from ``earlier`` to ``t``: ``alpha_i = (m_t / m_earlier)^2``,
@@ -191,8 +199,8 @@ def _transition(predictor: Predictor, x: Tensor, t: float, earlier: float) -> tu
     """``a, b`` of the forward process from ``earlier`` to ``t``, and the score ``k out`` at ``t``."""
     require_transition(predictor)
     times = time_vector(t, x)
-    check_inputs(x, times, predictor.sde.T)
-    return *predictor.sde.transition(earlier, t), *score_terms(predictor.score_fn, x, times)  # type: ignore[attr-defined]
+    at = _times(predictor, x, times)
+    return *predictor.sde.transition(earlier, t), *score_terms(predictor.score_fn, x, times, at)  # type: ignore[attr-defined]
 
 
 def require_transition(predictor: Any) -> None:
@@ -226,7 +234,7 @@ class Corrector(abc.ABC):
     def update_fn(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """``(x, x_mean)``: states ``(B, *)`` with and without the noise of the last step; ``t`` is ``(B,)``."""
 
-    def _alpha(self, t: Tensor) -> Any:
+    def _alpha(self, t: Any) -> Any:
         """The factor of the step size: alpha of the discrete VP process, else 1."""
         return self.sde.discrete_alpha(t) if isinstance(self.sde, (sde_lib.VPSDE, sde_lib.subVPSDE)) else 1.0
 
@@ -238,15 +246,16 @@ class LangevinCorrector(Corrector):
     beta_i, as upstream has it."""
 
     def update_fn(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        check_inputs(x, t, self.sde.T)
-        x_mean, alpha = x, self._alpha(t)
+        at = _times(self, x, t)
+        x_mean, alpha = x, self._alpha(at)
         for _ in range(self.n_steps):
-            out, k = score_terms(self.score_fn, x, t)
-            draw = noise.normal(x)
-            score_norm = ops.score_loss(out, k, None, 1.0).sqrt().mean()
-            noise_norm = ops.score_loss(x, None, 1.0, 1.0, draw).sqrt().mean()
-            step = 2.0 * alpha * (self.snr * noise_norm / score_norm) ** 2
-            x_mean, x = ops.affine_noise(x, out, 1.0, step * k, torch.sqrt(2.0 * step), draw)
+            out, k = score_terms(self.score_fn, x, t, at)
+            draw, noise_squares = ops.squares_of_noise(noise.normal(x), x)
+            score_squares = ops.score_loss(out, k, None, 1.0)
+            norms: Any = self.snr * noise_squares.sqrt().mean() / score_squares.sqrt().mean()
+            ratio = norms if isinstance(at, Tensor) else norms.item()
+            step = 2.0 * alpha * ratio**2
+            x_mean, x = ops.affine_noise(x, out, 1.0, step * k, sqrt(2.0 * step), draw)
         return x, x_mean
 
 
@@ -255,13 +264,13 @@ class AnnealedLangevinDynamics(Corrector):
     """Annealed Langevin dynamics of NCSN: ``e = 2 alpha (snr std(t))^2`` (Song and Ermon 2019)."""
 
     def update_fn(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        check_inputs(x, t, self.sde.T)
+        at = _times(self, x, t)
         x_mean = x
-        std = self.sde.marginal_coefficients(t)[1] if is_affine(self.sde) else self.sde.marginal_prob(x, t)[1]
-        step = 2.0 * self._alpha(t) * (self.snr * std) ** 2
-        n = torch.sqrt(2.0 * step)
+        std = self.sde.marginal_coefficients(at)[1] if is_affine(self.sde) else self.sde.marginal_prob(x, t)[1]
+        step = 2.0 * self._alpha(at) * (self.snr * std) ** 2
+        n = sqrt(2.0 * step)
         for _ in range(self.n_steps):
-            out, k = score_terms(self.score_fn, x, t)
+            out, k = score_terms(self.score_fn, x, t, at)
             x, x_mean = _update(x, out, 1.0, step * k, n)
         return x, x_mean
 

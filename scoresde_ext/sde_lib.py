@@ -21,6 +21,7 @@ import numbers
 from collections.abc import Callable, Sequence
 from typing import Any, TypeGuard, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -111,17 +112,20 @@ class ReverseSDE(SDE):
         """What the score is multiplied by in the drift: -g^2, or half of it along the probability flow."""
         return (-0.5 if self.probability_flow else -1.0) * g * g
 
-    def sde_terms(self, x: Tensor, t: Tensor) -> tuple[Any, Tensor, Any, Any]:
+    def sde_terms(self, x: Tensor, t: Tensor, at: Any = None) -> tuple[Any, Tensor, Any, Any]:
         """``(f, out, q, g)`` with drift f x + q out and diffusion g, where the forward SDE is affine; ``out`` is the
-        raw network output where it can be."""
-        f, g = self.forward.sde_coefficients(t)  # type: ignore[attr-defined]
-        out, k = score_terms(self.score_fn, x, t)
+        raw network output where it can be. ``at`` is the number that all times are, if they are one: coefficients then
+        are numbers."""
+        at = t if at is None else at
+        f, g = self.forward.sde_coefficients(at)  # type: ignore[attr-defined]
+        out, k = score_terms(self.score_fn, x, t, at)
         return f, out, self.score_factor(g) * k, 0.0 if self.probability_flow else g
 
-    def discrete_terms(self, x: Tensor, t: Tensor) -> tuple[Any, Tensor, Any, Any]:
-        """``(f, out, q, G)`` with ``x_i = x_{i+1} - (f x + q out) + G z``."""
-        f, noise = self.forward.discrete_coefficients(t)  # type: ignore[attr-defined]
-        out, k = score_terms(self.score_fn, x, t)
+    def discrete_terms(self, x: Tensor, t: Tensor, at: Any = None) -> tuple[Any, Tensor, Any, Any]:
+        """``(f, out, q, G)`` with ``x_i = x_{i+1} - (f x + q out) + G z``; ``at`` as above."""
+        at = t if at is None else at
+        f, noise = self.forward.discrete_coefficients(at)  # type: ignore[attr-defined]
+        out, k = score_terms(self.score_fn, x, t, at)
         return f, out, self.score_factor(noise) * k, 0.0 if self.probability_flow else noise
 
     def sde(self, x: Tensor, t: Tensor) -> tuple[Tensor, Any]:
@@ -152,11 +156,14 @@ class ReverseSDE(SDE):
         return self.forward.prior_logp(z)
 
 
-def score_terms(score_fn: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Any) -> tuple[Tensor, Any]:
+def score_terms(
+    score_fn: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor, at: Any = None
+) -> tuple[Tensor, Any]:
     """``(out, k)`` with score = k out: the raw output of the network and its coefficient for the score functions that
-    ``models.utils.get_score_fn`` makes, else the score itself and 1."""
+    ``models.utils.get_score_fn`` makes, else the score itself and 1. ``at`` is the number that all times are, if they
+    are one: k then is a number."""
     terms = getattr(score_fn, "terms", None)
-    return terms(x, t) if terms else (score_fn(x, t), 1.0)
+    return terms(x, t, t if at is None else at) if terms else (score_fn(x, t), 1.0)
 
 
 class AffineSDE(SDE):
@@ -287,8 +294,10 @@ class AffineSDE(SDE):
         f, noise = self.discrete_coefficients(t)
         return rows(f, x) * x, noise
 
-    def _index(self, t: Tensor) -> Tensor:
-        """Row of the discrete tables at times ``t``."""
+    def _index(self, t: Any) -> Any:
+        """Row of the discrete tables at times ``t``; at a number, that of a float32 tensor."""
+        if not isinstance(t, Tensor):
+            return int(np.float32(t) * np.float32(self.N - 1) / np.float32(self.T))
         return (t * (self.N - 1) / self.T).long()
 
     def table(self, name: str, like: Tensor) -> Tensor:
@@ -303,8 +312,11 @@ class AffineSDE(SDE):
             kept[key] = table, table._version, table.to(like.device, like.dtype)
         return kept[key][2]
 
-    def _row(self, name: str, t: Tensor) -> Tensor:
-        return self.table(name, t)[self._index(t)]
+    def row(self, name: str, t: Any) -> Any:
+        """The entries of a table of the discrete process at times ``t``: a number for a number."""
+        return (
+            self.table(name, t)[self._index(t)] if isinstance(t, Tensor) else getattr(self, name)[self._index(t)].item()
+        )
 
     def prior_sampling(self, shape: Sequence[int]) -> Tensor:
         return torch.randn(*shape)
@@ -358,13 +370,13 @@ class _DiscreteVP(AffineSDE):
         self.sqrt_alphas_cumprod = torch.sqrt(self.alphas_cumprod)
         self.sqrt_1m_alphas_cumprod = torch.sqrt(1.0 - self.alphas_cumprod)
 
-    def discrete_beta(self, t: Tensor) -> Tensor:
+    def discrete_beta(self, t: Any) -> Any:
         """beta of the discrete process at times ``t``."""
-        return self._row("discrete_betas", t)
+        return self.row("discrete_betas", t)
 
-    def discrete_alpha(self, t: Tensor) -> Tensor:
+    def discrete_alpha(self, t: Any) -> Any:
         """alpha = 1 - beta of the discrete process at times ``t``."""
-        return self._row("alphas", t)
+        return self.row("alphas", t)
 
     def beta(self, t: Time) -> Time:
         return self.beta_0 + t * (self.beta_1 - self.beta_0)
@@ -402,10 +414,10 @@ class VPSDE(_DiscreteVP):
         beta = self.beta(t)
         return -0.5 * beta, sqrt(beta)
 
-    def discrete_coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+    def discrete_coefficients(self, t: Any) -> tuple[Any, Any]:
         """DDPM: x_{i+1} = sqrt(alpha_i) x_i + sqrt(beta_i) z_i (Ho et al. 2020; Song et al. 2021,
         eq. 10)."""
-        return self.discrete_alpha(t).sqrt() - 1.0, self.discrete_beta(t).sqrt()
+        return sqrt(self.discrete_alpha(t)) - 1.0, sqrt(self.discrete_beta(t))
 
 
 class subVPSDE(_DiscreteVP):
@@ -461,15 +473,18 @@ class VESDE(AffineSDE):
         zero = torch.zeros_like(t) if isinstance(t, Tensor) else 0.0
         return zero, self.sigma(t) * math.sqrt(2 * math.log(self.sigma_max / self.sigma_min))
 
-    def discrete_coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+    def discrete_coefficients(self, t: Any) -> tuple[Any, Any]:
         """SMLD: x_{i+1} = x_i + sqrt(sigma_i^2 - sigma_{i-1}^2) z_i, with sigma_{-1} = 0 (Song and Ermon 2019; Song
         et al. 2021, eq. 8)."""
         sigma, below = self.adjacent_sigmas(t)
-        return torch.zeros_like(t), torch.sqrt(sigma**2 - below**2)
+        return (torch.zeros_like(t) if isinstance(t, Tensor) else 0.0), sqrt(sigma**2 - below**2)
 
-    def adjacent_sigmas(self, t: Tensor) -> tuple[Tensor, Tensor]:
+    def adjacent_sigmas(self, t: Any) -> tuple[Any, Any]:
         """The discrete sigma at times ``t`` and the next smaller one, 0 below the first."""
         index = self._index(t)
+        if not isinstance(t, Tensor):
+            sigma, below = (self.discrete_sigmas[i].item() for i in (index, max(index - 1, 0)))
+            return sigma, below if index > 0 else 0.0
         sigmas = self.table("discrete_sigmas", t)
         return sigmas[index], torch.where(index == 0, torch.zeros_like(t), sigmas[(index - 1).clamp(min=0)])
 

@@ -57,11 +57,11 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
             (last, column(f32), column(f32), KEY, None, 0, 0),
         ],
         "score_loss": [
-            (array(f32), column(f32), column(f32), column(f32), array(f32, False)[:2], KEY, IDS, 2, True),
-            (array(), column(), column(), column(), array(grad=False), None, None, 0, True),
-            (array(bf16), column(f32), column(f32), column(f32, 1), *stream, True),
-            (array(f32, False), column(f32), None, column(f32, 1), None, None, None, 0, False),
-            (array(f32, False), None, column(f32), column(f32), *array_noise, False),
+            (array(f32), column(f32), column(f32), column(f32), array(f32, False)[:2], KEY, IDS, 2, True, False),
+            (array(), column(), column(), column(), array(grad=False), None, None, 0, True, True),
+            (array(bf16), column(f32), column(f32), column(f32, 1), *stream, True, False),
+            (array(f32, False), column(f32), None, column(f32, 1), None, None, None, 0, False, True),
+            (array(f32, False), None, column(f32), column(f32), *array_noise, False, False),
         ],
         "combine": [
             ([array(f32, False), *slopes(2)], torch.randn(4, 3).double()),
@@ -78,6 +78,7 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
         "rk_error": [(array(f32, False), array(f32, False), slopes(2), [0.5, -1.0], column(f32, 1), 1e-3, 1e-3)],
         "rk_control": [(column().abs(), column().abs(), torch.tensor([True, False, True]), -0.2)],
         "noise_normal": [(KEY, None, 0, [3, 5]), (KEY, IDS, 1, [3])],
+        "noise_with_squares": [(KEY, None, 0, [3, 5]), (KEY, IDS, 1, [3])],
         "noise_uniform": [(KEY, None, 0, [3, 5]), (KEY, IDS, 1, [3])],
         "noise_integers": [(KEY, None, 0, [3, 5], 7), (KEY, IDS, 1, [3], 2**32)],
     }  # fmt: skip
@@ -117,6 +118,8 @@ FUNCTIONS: dict[str, tuple[int, Callable[..., Any]]] = {
     "score_loss of stream": (1, lambda out: ops.score_loss(out, C[0], 0.7, C[2], STREAM)),
     "score_loss without noise": (1, lambda out: ops.score_loss(out, C[0], None, 0.5)),
     "score_loss summed": (1, lambda out: ops.score_loss(out, C[0], C[1], C[2], STREAM).sum()),
+    "score_loss in total": (1, lambda out: ops.score_loss(out, C[0], C[1], C[2], STREAM, total=True)),
+    "score_loss in total, cubed": (1, lambda out: ops.score_loss(out, C[0], C[1], C[2], Draw(z=A[0]), total=True) ** 3),
     "score_loss, cubed": (1, lambda out: ops.score_loss(out, C[0], C[1], C[2], STREAM) ** 3),
     "score_loss of out, z": (2, lambda out, z: ops.score_loss(out, C[0], C[1], C[2], Draw(z=z))),
     "score_loss of a function": (
@@ -124,7 +127,7 @@ FUNCTIONS: dict[str, tuple[int, Callable[..., Any]]] = {
     ),
     "score_loss of a shape": (1, lambda x: x.sum() + ops.score_loss(x, None, C[0], C[2], STREAM)),
     "kept gradient": (
-        1, lambda out: torch.ops.scoresde_ext.score_loss(out, C[0], C[1], C[2], None, KEY, IDS, 2, True)
+        1, lambda out: torch.ops.scoresde_ext.score_loss(out, C[0], C[1], C[2], None, KEY, IDS, 2, True, False)
     ),
     # Coefficients that require gradients are answered by the reference.
     "affine of coefficients": (3, lambda x, out, p: ops.affine(x, out, p[:, 0, 0], p[0, 0, :1])),
@@ -355,6 +358,8 @@ def test_coefficients_that_require_gradients_change_nothing_else(name: str, dtyp
 def test_missing_gradient_is_an_error() -> None:
     """The raw operator without with_grad has no gradient to give, and says so."""
     out = torch.randn(3, 4, requires_grad=True)
-    loss, _ = torch.ops.scoresde_ext.score_loss(out, torch.ones(1), None, torch.ones(1), None, None, None, 0, False)
+    loss, _ = torch.ops.scoresde_ext.score_loss(
+        out, torch.ones(1), None, torch.ones(1), None, None, None, 0, False, False
+    )
     with pytest.raises(RuntimeError, match="with_grad"):
         loss.sum().backward()

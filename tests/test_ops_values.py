@@ -189,7 +189,8 @@ def test_noise_that_is_kept(shape: tuple[int, ...]) -> None:
         assert torch.equal(raw, x) and torch.equal(z, noise[:kept])
         out = torch.randn(shape, requires_grad=True)
         results = [
-            torch.ops.scoresde_ext.score_loss(out, v["m"], v["s"], v["m"], z, key, ids, draw, True) for z in (z, None)
+            torch.ops.scoresde_ext.score_loss(out, v["m"], v["s"], v["m"], z, key, ids, draw, True, False)
+            for z in (z, None)
         ]
         assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
@@ -208,6 +209,71 @@ def test_no_more_noise_is_kept_than_a_cache_holds() -> None:
     x0 = torch.zeros(1, 1).expand(9, 2**18)
     _, draw = ops.perturb_keeping(x0, 1.0, 1.0, Draw(key=torch.tensor([1, 2])))
     assert draw.z is not None and draw.z.shape == (8, 2**18)
+
+
+@pytest.mark.parametrize("shape", [(1,), (5, 3), (257, 4), (3, 5000), (2, 3, 8, 8), (0, 3), (2, 0)], ids=str)
+def test_loss_in_total(shape: tuple[int, ...]) -> None:
+    """The sum of the samples' losses, and the gradients of that sum."""
+    for dtype in DTYPES:
+        for coefficients in ("floats", "per sample"):
+            v = arguments(OPS["score_loss"], shape, dtype, coefficients, "key and ids")
+            out = v["out"].requires_grad_()
+            each = ops.score_loss(out, v["c"], v["d"], v["w"], v["draw"])
+            total = ops.score_loss(out, v["c"], v["d"], v["w"], v["draw"], total=True)
+            assert total.shape == () and total.dtype == each.dtype
+            scale = each.double().abs().sum()
+            assert (total.double() - each.double().sum()).abs() <= 2 * torch.finfo(each.dtype).eps * scale
+            gradients = [torch.autograd.grad(loss, out)[0] for loss in (each.sum(), total)]
+            assert torch.equal(*gradients)
+            learned = ops.score_loss(
+                out, torch.as_tensor(v["c"], dtype=each.dtype).requires_grad_(), None, v["w"], total=True
+            )
+            torch.testing.assert_close(
+                learned, ops.score_loss(out, v["c"], None, v["w"], total=True), rtol=2e-2, atol=1e-2
+            )
+
+
+@pytest.mark.parametrize("noise", ["array", "key", "key and ids"])
+@pytest.mark.parametrize("shape", [(5,), (300, 2), (257, 4), (3, 2500), (2, 3, 8, 8), (0, 3), (2, 0)], ids=str)
+def test_squares_of_noise(shape: tuple[int, ...], noise: str) -> None:
+    for dtype in DTYPES:
+        v = arguments(OPS["perturb"], shape, dtype, "floats", noise)
+        draw, squares = ops.squares_of_noise(v["draw"], v["x0"])
+        z = ops.materialize(v["draw"], v["x0"])
+        assert draw.key is None and torch.equal(draw.z, z)
+        right = z.double().square().reshape(shape[0], math.prod(shape[1:])).sum(1)
+        assert squares.dtype == ops.compute_dtype(z)
+        assert (squares.double() - right).abs().le(20 * torch.finfo(squares.dtype).eps * right).all()
+
+
+@pytest.mark.parametrize("shape", [(5,), (300, 2), (3, 2500), (1100, 3)], ids=str)
+@pytest.mark.parametrize("value", [math.nan, -math.nan, math.inf, -math.inf])
+def test_batches_that_are_not_finite_are_refused(shape: tuple[int, ...], value: float) -> None:
+    """Wherever it is; the largest numbers are none."""
+    for dtype, noise in (
+        (torch.float32, "key"),
+        (torch.float32, "array"),
+        (torch.float64, "key"),
+        (torch.bfloat16, "key"),
+    ):
+        v = arguments(OPS["perturb"], shape, dtype, "per sample", noise)
+        for place in (0, v["x0"].numel() // 2, v["x0"].numel() - 1):
+            x0 = v["x0"].clone()
+            x0.view(-1)[place] = torch.finfo(dtype).max
+            ops.perturb_keeping(x0, v["m"], v["s"], v["draw"])
+            x0.view(-1)[place] = value
+            with pytest.raises(ValueError, match="x0?: expected finite values, got NaN or Inf"):
+                ops.perturb_keeping(x0, v["m"], v["s"], v["draw"])
+
+
+def test_numbers_as_coefficients_are_rounded_like_tensors() -> None:
+    """Also where they come again, and where they are beyond the range."""
+    x = torch.ones(2, 3)
+    for value in (0.1, -0.0, 1, 1e-50, 1e50, -math.inf, 0.1):
+        for y in (x, x.double()):
+            right = torch.tensor([value], dtype=torch.float64).to(y.dtype) * y
+            result = ops.affine(y, None, value)
+            assert torch.equal(result, right) and torch.equal(result.signbit(), right.signbit())
 
 
 # --- numbers that are not finite, and those at the ends of the range --------------------------------------------------

@@ -5,6 +5,8 @@
 // compute type, which the compiler vectorises; storage types are converted on the way in and out. Coefficients are
 // either one number for the tile (a piece of a long row) or spread to one number an element (several short rows).
 
+#include <type_traits>
+
 #include "kernels/arguments.h"
 #include "kernels/cpu_normals.h"
 #include "math/affine.h"
@@ -211,33 +213,14 @@ const A* load_noise(const Noise& noise, const Tile& t, int64_t cols, Scratch<A>&
   return scratch.values;
 }
 
-inline void noise_tiles(const NoiseArgs& args, int64_t begin, int64_t end) {
-  const Tiling tiling(args.rows, args.cols);
-  for (int64_t i = begin; i < end; ++i) {
-    const Tile t = tile_at(tiling, i);
-    if (args.law == Law::normal) {
-      fill_normals(args.noise, t, args.cols, static_cast<float*>(args.values) + t.offset);
-      continue;
-    }
-    const int64_t width = t.rows == 1 ? t.n : args.cols;
-    for (int64_t r = 0; r < t.rows; ++r) {
-      const Stream s = stream_of(args.noise, t.row + r);
-      for (int64_t j = 0; j < width; ++j) {
-        const int64_t element = t.col + j, at = t.offset + r * width + j;
-        const Words w = random_words(s, static_cast<uint32_t>(element / 4));
-        const uint32_t words[4] = {w.x, w.y, w.z, w.w};
-        const uint32_t word = words[element % 4];
-        if (args.law == Law::uniform) {
-          static_cast<float*>(args.values)[at] = uniform_from(word);
-        } else {
-          static_cast<int64_t*>(args.values)[at] = integer_from(word, args.high);
-        }
-      }
-    }
-  }
-}
-
 // ---- sums ----
+
+template <class A>
+double sum_of(const A (&lanes)[16]) {
+  double sum = 0;
+  for (int64_t l = 0; l < 16; ++l) sum += static_cast<double>(lanes[l]);
+  return sum;
+}
 
 // Sum of squares in a fixed order: 16 interleaved sums, then a double. The same on every instruction set and with any
 // thread count.
@@ -254,9 +237,7 @@ double sum_of_squares(const A* r, int64_t n) {
     for (int64_t l = 0; l < 16; ++l) lanes[l] += r[i + l] * r[i + l];
   }
   for (int64_t l = 0; i + l < n; ++l) lanes[l] += r[i + l] * r[i + l];
-  double sum = 0;
-  for (int64_t l = 0; l < 16; ++l) sum += static_cast<double>(lanes[l]);
-  return sum;
+  return sum_of(lanes);
 }
 
 // The same for rows of a few elements, whose number is a constant: vector loops over rows.
@@ -284,6 +265,61 @@ void row_sums(const A* r, const Tile& t, int64_t cols, double* partials) {
 
 // ---- kernels ----
 
+inline void noise_tiles(const NoiseArgs& args, int64_t begin, int64_t end) {
+  const Tiling tiling(args.rows, args.cols);
+  for (int64_t i = begin; i < end; ++i) {
+    const Tile t = tile_at(tiling, i);
+    if (args.law == Law::normal) {
+      float* z = static_cast<float*>(args.values) + t.offset;
+      fill_normals(args.noise, t, args.cols, z);
+      if (args.squares) row_sums(z, t, args.cols, args.squares);
+      continue;
+    }
+    const int64_t width = t.rows == 1 ? t.n : args.cols;
+    for (int64_t r = 0; r < t.rows; ++r) {
+      const Stream s = stream_of(args.noise, t.row + r);
+      for (int64_t j = 0; j < width; ++j) {
+        const int64_t element = t.col + j, at = t.offset + r * width + j;
+        const Words w = random_words(s, static_cast<uint32_t>(element / 4));
+        const uint32_t words[4] = {w.x, w.y, w.z, w.w};
+        const uint32_t word = words[element % 4];
+        if (args.law == Law::uniform) {
+          static_cast<float*>(args.values)[at] = uniform_from(word);
+        } else {
+          static_cast<int64_t*>(args.values)[at] = integer_from(word, args.high);
+        }
+      }
+    }
+  }
+}
+
+// Reads the bits of floats as integers, of which the compiler may take the largest in any order.
+inline uint32_t largest_magnitude(const float* x, int64_t n) {
+  uint32_t largest = 0;
+  for (int64_t j = 0; j < n; ++j) {
+    const uint32_t magnitude = bits_of(x[j]) & 0x7fffffffu;
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  return largest;
+}
+
+// The noise of a tile, kept in an array for the first rows of a float32 call that asks for it.
+template <class T, class A>
+const A* load_kept_noise(const AffineArgs& args, const Tile& t, Scratch<A>& scratch) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (t.row + t.rows <= args.z_rows) {
+      fill_normals(args.noise, t, args.cols, args.z + t.offset);
+      return args.z + t.offset;
+    }
+    if (t.row < args.z_rows) {
+      fill_normals(args.noise, t, args.cols, scratch.values);
+      memcpy(args.z + t.offset, scratch.values, static_cast<size_t>((args.z_rows - t.row) * args.cols) * sizeof(float));
+      return scratch.values;
+    }
+  }
+  return load_noise<T>(args.noise, t, args.cols, scratch);
+}
+
 template <class T>
 void affine_tiles(const AffineArgs& args, int64_t begin, int64_t end) {
   using A = compute_t<T>;
@@ -292,6 +328,9 @@ void affine_tiles(const AffineArgs& args, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     const Tile t = tile_at(tiling, i);
     const A* x = load<T>(args.x, t, scratch_x);
+    if constexpr (std::is_same_v<T, float>) {
+      if (args.largest) args.largest[i] = largest_magnitude(x, t.n);
+    }
     A* mean = target<T>(args.mean, t, scratch_mean);
     with_coefficient<A>(args.p, t, args.cols, [&](auto p) {
       if (!args.out) {
@@ -306,16 +345,30 @@ void affine_tiles(const AffineArgs& args, int64_t begin, int64_t end) {
     if (args.mean) store<T>(args.mean, t, mean);
     if (!args.next) continue;
     A* next = target<T>(args.next, t, scratch_next);
-    const A* z = load_noise<T>(args.noise, t, args.cols, scratch_z);
-    if (t.row < args.z_rows) {
-      const int64_t n = t.row + t.rows <= args.z_rows ? t.n : (args.z_rows - t.row) * args.cols;
-      memcpy(args.z + t.offset, z, static_cast<size_t>(n) * sizeof(float));
-    }
+    const A* z = load_kept_noise<T>(args, t, scratch_z);
     with_coefficient<A>(args.n, t, args.cols, [&](auto n) {
       for (int64_t j = 0; j < t.n; ++j) next[j] = affine_next<A>(mean[j], z[j], n[j]);
     });
     store<T>(args.next, t, next);
   }
+}
+
+// A piece of a row in one pass: the sum of r^2, in the order of sum_of_squares, and 2 w c r. Arrays that are null do
+// not count.
+template <class A>
+double residual_of_piece(const A* out, const A* z, A c, A d, A slope, int64_t n, A* __restrict grad) {
+  A lanes[16] = {};
+  const auto add = [&](int64_t j, A& lane) {
+    const A r = !z ? c * out[j] : !out ? d * z[j] : residual<A>(out[j], z[j], c, d);
+    lane += r * r;
+    if (grad) grad[j] = residual_gradient<A>(r, slope);
+  };
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) {
+    for (int64_t l = 0; l < 16; ++l) add(i + l, lanes[l]);
+  }
+  for (int64_t l = 0; i + l < n; ++l) add(i + l, lanes[l]);
+  return sum_of(lanes);
 }
 
 template <class T>
@@ -325,10 +378,18 @@ void residual_tiles(const ResidualArgs& args, int64_t begin, int64_t end) {
   Scratch<A> scratch_out, scratch_z, scratch_r, scratch_grad;
   for (int64_t i = begin; i < end; ++i) {
     const Tile t = tile_at(tiling, i);
-    A* r = scratch_r.values;
+    const A* out = args.c.data ? load<T>(args.out, t, scratch_out) : nullptr;
     const A* z = has_noise(args.noise) ? load_noise<T>(args.noise, t, args.cols, scratch_z) : nullptr;
-    if (args.c.data) {
-      const A* out = load<T>(args.out, t, scratch_out);
+    A* grad = args.grad ? target<T>(args.grad, t, scratch_grad) : nullptr;
+    if (t.rows == 1 && t.n >= 16) {
+      const A c = out ? at_row<A>(args.c, t.row) : A{0}, d = z ? at_row<A>(args.d, t.row) : A{0};
+      const A slope = grad && args.weighted_grad ? A{2} * at_row<A>(args.w, t.row) * c : A{2} * c;
+      args.partials[t.index] = residual_of_piece(out, z, c, d, slope, t.n, grad);
+      if (grad) store<T>(args.grad, t, grad);
+      continue;
+    }
+    A* r = scratch_r.values;
+    if (out) {
       with_coefficient<A>(args.c, t, args.cols, [&](auto c) {
         if (!z) {
           for (int64_t j = 0; j < t.n; ++j) r[j] = c[j] * out[j];
@@ -344,8 +405,7 @@ void residual_tiles(const ResidualArgs& args, int64_t begin, int64_t end) {
       });
     }
     row_sums(r, t, args.cols, args.partials);
-    if (!args.grad) continue;
-    A* grad = target<T>(args.grad, t, scratch_grad);
+    if (!grad) continue;
     with_coefficient<A>(args.c, t, args.cols, [&](auto c) {
       if (!args.weighted_grad) {
         for (int64_t j = 0; j < t.n; ++j) grad[j] = residual_gradient<A>(r[j], A{2} * c[j]);

@@ -45,7 +45,8 @@ struct Noise {
 };
 
 // mean = p x + q out; next = mean + n z. `out` may be null (then q is not read), and either result. On the CPU, `z` of
-// a float32 call receives the noise of the first z_rows rows.
+// a float32 call receives the noise of the first z_rows rows, and `largest`, where it is not null, the bits of the
+// largest |x| of each tile: those of Inf or more where x has Inf or NaN.
 struct AffineArgs {
   DType dtype;
   int64_t rows, cols;
@@ -57,6 +58,7 @@ struct AffineArgs {
   void* next;
   float* z = nullptr;
   int64_t z_rows = 0;
+  uint32_t* largest = nullptr;
 };
 
 // r = c out + d z; loss[row] = w sum r^2; grad = 2 w c r, or 2 c r where it is kept unweighted. `c.data` null: out is
@@ -120,8 +122,9 @@ struct NoiseArgs {
   int64_t rows, cols;
   Noise noise;
   Law law;
-  uint64_t high;  // integer: uniform on {0, ..., high - 1}
-  void* values;   // float; integer: int64
+  uint64_t high;              // integer: uniform on {0, ..., high - 1}
+  void* values;               // float; integer: int64
+  double* squares = nullptr;  // normal, on the CPU: where not null, as ResidualArgs::partials
 };
 
 // The second stage of a sum: sums[row] = w sum_i partials[row][i], in order. `w.data` null: not weighted.

@@ -28,7 +28,7 @@ using PerturbOp = Tensor(const Tensor& x, const Tensor& m, const Tensor& s, cons
                          const OptTensor& ids, int64_t draw);
 using ScoreLossOp = std::tuple<Tensor, Tensor>(const Tensor& out, const OptTensor& c, const OptTensor& d,
                                                const Tensor& w, const OptTensor& z, const OptTensor& key,
-                                               const OptTensor& ids, int64_t draw, bool with_grad);
+                                               const OptTensor& ids, int64_t draw, bool with_grad, bool total);
 
 template <class Op>
 auto find(const char* name) {
@@ -45,7 +45,7 @@ struct LossConstants {
   Tensor w;
   OptTensor z, key, ids;
   int64_t draw;
-  bool with_grad;
+  bool with_grad, total;
 };
 
 Tensor value(const OptTensor& t) { return t.value_or(Tensor()); }
@@ -134,9 +134,10 @@ bool is_all_ones(const Tensor& g) {
                                            DispatchKey::FuncTorchBatched, DispatchKey::FuncTorchGradWrapper});
   if (!g.is_cpu() || g.key_set().has_any(stand_ins)) return false;
   const auto ones = [&](auto* data) {
-    const int64_t distinct = g.stride(0) == 0 ? std::min<int64_t>(g.numel(), 1) : g.numel();
+    const int64_t stride = g.dim() == 0 ? 0 : g.stride(0);
+    const int64_t distinct = stride == 0 ? std::min<int64_t>(g.numel(), 1) : g.numel();
     for (int64_t i = 0; i < distinct; ++i) {
-      if (data[i * g.stride(0)] != 1) return false;
+      if (data[i * stride] != 1) return false;
     }
     return true;
   };
@@ -147,7 +148,7 @@ struct ScoreLoss : Function<ScoreLoss> {
   static variable_list forward(AutogradContext* ctx, const Tensor& out, const LossConstants& k) {
     static const auto op = find<ScoreLossOp>("scoresde_ext::score_loss");
     const at::AutoDispatchBelowADInplaceOrView below;
-    const auto [loss, grad] = op.call(out, k.c, k.d, k.w, k.z, k.key, k.ids, k.draw, k.with_grad);
+    const auto [loss, grad] = op.call(out, k.c, k.d, k.w, k.z, k.key, k.ids, k.draw, k.with_grad, k.total);
     ctx->save_for_backward({grad, value(k.c), k.w});
     ctx->saved_data["with_grad"] = k.with_grad;
     ctx->set_materialize_grads(false);
@@ -207,14 +208,14 @@ Tensor perturb(const Tensor& x, const Tensor& m, const Tensor& s, const OptTenso
 
 std::tuple<Tensor, Tensor> score_loss(const Tensor& out, const OptTensor& c, const OptTensor& d, const Tensor& w,
                                       const OptTensor& z, const OptTensor& key, const OptTensor& ids, int64_t draw,
-                                      bool with_grad) {
+                                      bool with_grad, bool total) {
   if (recorded({out})) {
-    const variable_list results = ScoreLoss::apply(out, LossConstants{c, d, w, z, key, ids, draw, with_grad});
+    const variable_list results = ScoreLoss::apply(out, LossConstants{c, d, w, z, key, ids, draw, with_grad, total});
     return {results[0], results[1]};
   }
   static const auto op = find<ScoreLossOp>("scoresde_ext::score_loss");
   const at::AutoDispatchBelowADInplaceOrView below;
-  return op.call(out, c, d, w, z, key, ids, draw, with_grad);
+  return op.call(out, c, d, w, z, key, ids, draw, with_grad, total);
 }
 
 }  // namespace

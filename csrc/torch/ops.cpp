@@ -8,7 +8,9 @@
 #include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cmath>
+#include <vector>
 
 #include "kernels/kernels.h"
 
@@ -235,20 +237,25 @@ Tensor partial_sums(Shape shape, const Tensor& like) {
 
 template <class A>
 void sum_on_cpu(const SumArgs& args) {
+  const auto weight = [w = args.w](int64_t r) -> double {
+    if (!w.data) return 1;
+    return w.is_double ? static_cast<const double*>(w.data)[r * w.stride]
+                       : static_cast<const float*>(w.data)[r * w.stride];
+  };
   for (int64_t r = 0; r < args.rows; ++r) {
     double sum = 0;
     for (int64_t i = 0; i < args.cols; ++i) sum += args.partials[r * args.cols + i];
-    const double w = args.w.data ? static_cast<const A*>(args.w.data)[r * args.w.stride] : 1;
-    static_cast<A*>(args.sums)[r] = static_cast<A>(w * sum);
+    static_cast<A*>(args.sums)[r] = static_cast<A>(weight(r) * sum);
   }
 }
 
-// w sum_i partials[row, i], without w where that is none.
-Tensor sum_rows(const Tensor& partials, const Numbers& w, at::ScalarType dtype) {
-  const Tensor sums = at::empty({partials.size(0)}, partials.options().dtype(dtype));
-  const SumArgs args{dtype_of(sums, "sums"), partials.size(0),
-                     partials.size(1),       partials.const_data_ptr<double>(),
-                     w.coefficient,          sums.mutable_data_ptr()};
+// w sum_i partials[row, i], without w where that is none, of the rows in `partials`.
+Tensor sum_rows(const Tensor& partials, at::IntArrayRef rows, const Numbers& w, at::ScalarType dtype) {
+  const Tensor sums = at::empty(rows, partials.options().dtype(dtype));
+  const int64_t n = sums.numel();
+  const SumArgs args{
+      dtype_of(sums, "sums"), n, n == 0 ? 0 : partials.numel() / n, partials.const_data_ptr<double>(), w.coefficient,
+      sums.mutable_data_ptr()};
   if (args.rows == 0) return sums;
   if (partials.is_cuda()) {
     launch(args, partials.device());
@@ -310,7 +317,7 @@ Tensor perturb(const Tensor& x, const Tensor& m, const Tensor& s, const OptTenso
 }
 
 // perturb of a float32 batch on the CPU, and the noise of its first `kept` samples, which score_loss takes with the
-// key.
+// key. NaN and Inf in the batch are found on the way.
 std::tuple<Tensor, Tensor> perturb_keeping(const Tensor& x, const Tensor& m, const Tensor& s, const Tensor& key,
                                            const OptTensor& ids, int64_t draw, int64_t kept) {
   TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat, "x: expected float32, got ", x.scalar_type(), ".");
@@ -326,7 +333,12 @@ std::tuple<Tensor, Tensor> perturb_keeping(const Tensor& x, const Tensor& m, con
   AffineArgs args{DType::f32, shape.rows, shape.cols};
   args.x = xs.const_data_ptr(), args.p = ms.coefficient, args.n = ss.coefficient, args.noise = noise.noise;
   args.next = next.mutable_data_ptr(), args.z = z.mutable_data_ptr<float>(), args.z_rows = kept;
+  std::vector<uint32_t> largest(shape.cols == 0 ? 0 : Tiling(shape.rows, shape.cols).count());
+  args.largest = largest.data();
   run(cpu_kernels().affine, args, x.device());
+  constexpr uint32_t infinity = 0x7f800000;
+  TORCH_CHECK_VALUE(std::all_of(largest.begin(), largest.end(), [](uint32_t v) { return v < infinity; }),
+                    "x: expected finite values, got NaN or Inf.");
   return {layout.result(next), z};
 }
 
@@ -334,7 +346,7 @@ std::tuple<Tensor, Tensor> perturb_keeping(const Tensor& x, const Tensor& m, con
 
 std::tuple<Tensor, Tensor> score_loss(const Tensor& out, const OptTensor& c, const OptTensor& d, const Tensor& w,
                                       const OptTensor& z, const OptTensor& key, const OptTensor& ids, int64_t draw,
-                                      bool with_grad) {
+                                      bool with_grad, bool total) {
   const DType dtype = dtype_of(out, "out");
   const Layout layout(out, "out", key.has_value());
   const Shape shape = shape_of(out, "out");
@@ -353,7 +365,9 @@ std::tuple<Tensor, Tensor> score_loss(const Tensor& out, const OptTensor& c, con
                           dtype == DType::f32 || dtype == DType::f64, with_grad ? grad.mutable_data_ptr() : nullptr,
                           partials.mutable_data_ptr<double>()};
   run(cpu_kernels().residual, args, out.device());
-  return {sum_rows(partials, ws, compute_type(out)), with_grad ? layout.result(grad) : grad};
+  const Tensor loss = total ? sum_rows(sum_rows(partials, {shape.rows}, ws, at::kDouble), {}, {}, compute_type(out))
+                            : sum_rows(partials, {shape.rows}, ws, compute_type(out));
+  return {loss, with_grad ? layout.result(grad) : grad};
 }
 
 // ---- multistep ----
@@ -464,7 +478,7 @@ Tensor rk_error(const Tensor& y0, const Tensor& y1, at::TensorList ks, at::Array
   args.h = hs.coefficient, args.y0 = y0s.const_data_ptr(), args.y1 = y1s.const_data_ptr();
   args.rtol = rtol, args.atol = atol, args.partials = partials.mutable_data_ptr<double>();
   run(cpu_kernels().error, args, y0.device());
-  return sum_rows(partials, Numbers(), at::kDouble);
+  return sum_rows(partials, {shape.rows}, Numbers(), at::kDouble);
 }
 
 Tensor rk_control(const Tensor& norm, const Tensor& h, const Tensor& after_rejection, double exponent) {
@@ -499,13 +513,24 @@ Tensor rk_control(const Tensor& norm, const Tensor& h, const Tensor& after_rejec
 // ---- noise ----
 
 Tensor run_noise(const Tensor& key, const OptTensor& ids, int64_t draw, at::IntArrayRef size, Law law, uint64_t high,
-                 at::ScalarType dtype) {
+                 at::ScalarType dtype, double* squares = nullptr) {
   const Tensor values = at::empty(size, key.options().dtype(dtype));
   const Shape shape = shape_of(values, "size");
   const NoiseInput noise(key, ids, draw, shape, key.device());
-  run(cpu_kernels().noise, NoiseArgs{shape.rows, shape.cols, noise.noise, law, high, values.mutable_data_ptr()},
-      key.device());
+  run(cpu_kernels().noise,
+      NoiseArgs{shape.rows, shape.cols, noise.noise, law, high, values.mutable_data_ptr(), squares}, key.device());
   return values;
+}
+
+// Normals on the CPU, and their sum of squares in each sample.
+std::tuple<Tensor, Tensor> noise_with_squares(const Tensor& key, const OptTensor& ids, int64_t draw,
+                                              at::IntArrayRef size) {
+  TORCH_CHECK_VALUE(!size.empty(), "size: expected a shape (B, ...), got an empty one.");
+  int64_t cols = 1;
+  for (const int64_t n : size.slice(1)) cols *= n;
+  const Tensor partials = partial_sums({size[0], cols}, key);
+  const Tensor z = run_noise(key, ids, draw, size, Law::normal, 0, at::kFloat, partials.mutable_data_ptr<double>());
+  return {z, sum_rows(partials, {size[0]}, {}, at::kFloat)};
 }
 
 Tensor noise_normal(const Tensor& key, const OptTensor& ids, int64_t draw, at::IntArrayRef size) {
@@ -550,8 +575,7 @@ TORCH_LIBRARY(scoresde_ext, m) {
       "Tensor)");
   m.def(
       "score_loss(Tensor out, Tensor? c, Tensor? d, Tensor w, Tensor? z, Tensor? key, Tensor? ids, int draw, bool "
-      "with_grad) "
-      "-> (Tensor, Tensor)");
+      "with_grad, bool total) -> (Tensor, Tensor)");
   m.def("combine(Tensor[] arrays, Tensor coefficients) -> Tensor[]");
   m.def("rk_stage(Tensor y, Tensor[] ks, float[] a, Tensor h) -> Tensor");
   m.def(
@@ -560,6 +584,7 @@ TORCH_LIBRARY(scoresde_ext, m) {
   m.def("rk_error(Tensor y0, Tensor y1, Tensor[] ks, float[] e, Tensor h, float rtol, float atol) -> Tensor");
   m.def("rk_control(Tensor norm, Tensor h, Tensor after_rejection, float exponent) -> Tensor");
   m.def("noise_normal(Tensor key, Tensor? ids, int draw, SymInt[] size) -> Tensor");
+  m.def("noise_with_squares(Tensor key, Tensor? ids, int draw, SymInt[] size) -> (Tensor, Tensor)");
   m.def("noise_uniform(Tensor key, Tensor? ids, int draw, SymInt[] size) -> Tensor");
   m.def("noise_integers(Tensor key, Tensor? ids, int draw, SymInt[] size, int high) -> Tensor");
 }
@@ -567,6 +592,7 @@ TORCH_LIBRARY(scoresde_ext, m) {
 TORCH_LIBRARY_IMPL(scoresde_ext, CPU, m) {
   implement(m);
   m.impl("perturb_keeping", &perturb_keeping);
+  m.impl("noise_with_squares", &noise_with_squares);
 }
 #ifdef SCORESDE_EXT_WITH_CUDA
 TORCH_LIBRARY_IMPL(scoresde_ext, CUDA, m) { implement(m); }

@@ -141,13 +141,13 @@ class ScoreFunction:
         self.sde, self.network, self.labels, self.coefficient = sde, network, labels, coefficient
         self.predicts_noise = predicts_noise  # score = -out / std(t)
 
-    def terms(self, x: Tensor, t: Tensor) -> tuple[Tensor, Any]:
-        """``(out, k)``"""
-        return self.network(x, self.labels(t)), self.coefficient(t)
+    def terms(self, x: Tensor, t: Tensor, at: Any) -> tuple[Tensor, Any]:
+        """``(out, k)``; k at the time ``at``, ``t`` itself or the number that all of it is."""
+        return self.network(x, self.labels(t)), self.coefficient(at)
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         check_inputs(x, t, self.sde.T)
-        out, k = self.terms(x, t)
+        out, k = self.terms(x, t, t)
         return (rows(k, out) * out).to(x.dtype)
 
 
@@ -173,11 +173,9 @@ def make_score_fn(sde: sde_lib.SDE, network: Callable[[Tensor, Tensor], Tensor],
         if continuous or isinstance(sde, sde_lib.subVPSDE):
             return ScoreFunction(sde, network, lambda t: t * 999, lambda t: -1.0 / _marginal_std(sde, t), True)
 
-        def discrete_std(t: Tensor) -> Tensor:
-            labels = (t * (sde.N - 1)).long()
-            return sde.table("sqrt_1m_alphas_cumprod", t)[labels]
-
-        return ScoreFunction(sde, network, lambda t: t * (sde.N - 1), lambda t: -1.0 / discrete_std(t))
+        return ScoreFunction(
+            sde, network, lambda t: t * (sde.N - 1), lambda t: -1.0 / sde.row("sqrt_1m_alphas_cumprod", t)
+        )
     if isinstance(sde, sde_lib.VESDE):
         if continuous:
             return ScoreFunction(sde, network, lambda t: _marginal_std(sde, t), lambda t: 1.0)
