@@ -167,6 +167,8 @@ def small_suite(device: str) -> None:
             op.call(ops, v)
     norm, h = torch.rand(2, 300, dtype=torch.float64, device=device)
     ops.rk_control(norm, h, norm < 0.5, -0.2)
+    for process in ("vp", "subvp", "ve"):
+        ops.marginal(torch.rand(300, device=device), 1e-5, 1.0, process, 0.1, 20.0)
     key = torch.tensor([1, 2], device=device)
     ops.noise_normal(key, None, 0, (3, 1025))
     ops.noise_uniform(key, None, 0, (3, 1025))

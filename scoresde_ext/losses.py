@@ -18,7 +18,7 @@ from . import noise, ops
 from .checks import check_array, check_eps, check_state
 from .models import utils as mutils
 from .reference import Draw, rows
-from .sde_lib import SDE, VESDE, VPSDE, is_affine
+from .sde_lib import SDE, VESDE, VPSDE, is_affine, perturbation
 
 LossFn = Callable[[Any, Tensor], Tensor]
 
@@ -109,13 +109,13 @@ def get_sde_loss_fn(
         mutils.ensure_mode(model, train)
         score_fn = mutils.make_score_fn(sde, mutils.CheckedNetwork(model), continuous)
         u = noise.uniform(batch.new_empty(len(batch), dtype=ops.compute_dtype(batch)))
-        t = u * (sde.T - eps) + eps
         draw = noise.normal(batch)
         weight = _reduction(batch, reduce_mean)
         if not affine:
             check_state("batch", batch)
+            t = u * (sde.T - eps) + eps
             return _plain_loss(sde, score_fn, batch, t, ops.materialize(draw, batch), likelihood_weighting, weight)
-        m, std = sde.marginal_coefficients(t)  # type: ignore[attr-defined]
+        t, m, std = perturbation(sde, u, eps)  # type: ignore[arg-type]
         x, draw = _perturbed(batch, m, std, draw)
         out = score_fn.network(x, score_fn.labels(t))
         del x  # unless the network keeps it for its own derivative, its memory serves for the gradient

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import reference
-from .reference import Draw
+from .reference import PROCESSES, Draw
 
 _ops = torch.ops.scoresde_ext
 
@@ -358,6 +358,23 @@ def rk_control(norm: Tensor, h: Tensor, after_rejection: Tensor, exponent: float
     return _op("rk_control", norm)(norm, h, after_rejection, exponent)
 
 
+# ---- marginals ----
+
+
+def marginal(u: Tensor, first: float, last: float, process: str, a: float, b: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Times ``t = first + (last - first) u`` and there m and s of p(x_t | x_0) = N(m x_0, s^2), ``(B,)`` each, like
+    ``u``, which is float32 or float64.
+
+    Args:
+        process: ``vp`` or ``subvp`` with a, b = beta(0), beta(1), or ``ve`` with sigma(0), sigma(1) (Song et al. 2021,
+            eq. 33, 34 and 31).
+    """
+    _state("u", u)
+    if process not in PROCESSES:
+        raise ValueError(f"process: expected one of {', '.join(PROCESSES)}, got {process!r}.")
+    return _op("marginal", u)(u, first, last, PROCESSES.index(process), a, b)
+
+
 # ---- noise ----
 
 
@@ -433,6 +450,7 @@ def _register_fakes() -> None:
         lambda y0, y1, ks, e, h, rtol, atol: y0.new_empty((y0.shape[0],), dtype=torch.float64)
     )
     fake("scoresde_ext::rk_control")(lambda norm, h, after_rejection, exponent: norm.new_empty((2, norm.shape[0])))
+    fake("scoresde_ext::marginal")(lambda u, first, last, process, a, b: tuple(u.new_empty(u.shape) for _ in range(3)))
     fake("scoresde_ext::noise_normal")(lambda key, ids, draw, size: key.new_empty(size, dtype=torch.float32))
     fake("scoresde_ext::noise_with_squares")(
         lambda key, ids, draw, size: (

@@ -156,6 +156,19 @@ def philox(counter: Sequence[Tensor], key: tuple[int, int]) -> tuple[Tensor, Ten
     return c0, c1, c2, c3
 
 
+PROCESSES = ("vp", "subvp", "ve")
+
+
+def marginal(u: Tensor, first: float, last: float, process: str, a: float, b: float) -> tuple[Tensor, Tensor, Tensor]:
+    """t = first + (last - first) u; m, s of p(x_t | x_0) = N(m x_0, s^2)"""
+    t = u * (last - first) + first
+    if process == "ve":
+        return t, torch.ones_like(t), a * (b / a) ** t
+    log_m = -0.25 * t * t * (b - a) - 0.5 * t * a
+    variance = -torch.expm1(2.0 * log_m)
+    return t, log_m.exp(), variance.sqrt() if process == "vp" else variance
+
+
 def _words(key: Tensor, ids: Tensor | None, draw: int, size: Sequence[int]) -> Tensor:
     """The random words of every block, shape (B, blocks, 4)."""
     batch, blocks = size[0], (math.prod(size[1:]) + 3) // 4

@@ -493,3 +493,21 @@ class VESDE(AffineSDE):
 
     def prior_logp(self, z: Tensor) -> Tensor:
         return _normal_logp(z, self.sigma_max)
+
+
+_PROCESSES = {
+    VPSDE: ("vp", "beta_0", "beta_1"),
+    subVPSDE: ("subvp", "beta_0", "beta_1"),
+    VESDE: ("ve", "sigma_min", "sigma_max"),
+}
+
+
+def perturbation(sde: AffineSDE, u: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Times ``t = eps + (T - eps) u``, and m and s there: ``(B,)`` each. One kernel for the SDEs of this module as they
+    are: as small tensors, the times of a small batch cost as much as its data."""
+    known = _PROCESSES.get(type(sde))
+    if known is None or any(callable(value) for value in vars(sde).values()):
+        t = u * (sde.T - eps) + eps
+        return t, *sde.marginal_coefficients(t)
+    process, *names = known
+    return ops.marginal(u, eps, sde.T, process, *(getattr(sde, name) for name in names))

@@ -180,6 +180,8 @@ def test_losses_with_dynamic_shapes() -> None:
     model, loss_fn = TinyNet(), losses.get_sde_loss_fn(SDES["vp"], train=True)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = traced(lambda x: loss_fn(model, x), counter, dynamic=True)
+    compiled(torch.randn(4, 3, 2))
+    begun = counter.frame_count  # twice: once more when the numbers of the SDE have turned out to be constants
     for shape in ((4, 3, 2), (5, 3, 2), (7, 9, 2)):
         batch = torch.randn(shape)
         torch.manual_seed(1)
@@ -188,7 +190,7 @@ def test_losses_with_dynamic_shapes() -> None:
         # The reduction is a symbolic number there: its product may round otherwise.
         for a, b in zip(with_gradients(compiled(batch), model), right, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
-    assert counter.frame_count == 1
+    assert counter.frame_count == begun <= 2
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -31,6 +31,7 @@ MOST_REGISTERS = {
     "noise_kernel": 32,
     "sum_kernel": 32,
     "control_kernel": 48,
+    "marginal_kernel": 48,
     "condition_kernel": 32,
 }
 MOST_REGISTERS_OF_VECTOR = 48  # where numbers of at most four bytes are read in words of 16: what large arrays run on

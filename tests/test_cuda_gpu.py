@@ -104,6 +104,16 @@ def test_control() -> None:
     assert ops.rk_control(*(t[:0] for t in there), -1 / 5).shape == (2, 0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_marginals(dtype: torch.dtype) -> None:
+    for n in (0, 1, 257, 300_000):
+        u = torch.rand(n, dtype=dtype)
+        for process, a, b in (("vp", 0.1, 20.0), ("subvp", 0.1, 20.0), ("ve", 0.01, 50.0)):
+            right = ops.marginal(u, 1e-5, 1.0, process, a, b)
+            for one, other in zip(ops.marginal(u.to(DEVICE), 1e-5, 1.0, process, a, b), right, strict=True):
+                torch.testing.assert_close(one.cpu(), other, rtol=4 * torch.finfo(dtype).eps, atol=0)
+
+
 @pytest.mark.parametrize("size", [(1,), (1, 1), (7, 5), (3, 4096), (2, 3, 333), (70_000, 3)], ids=str)
 def test_noise_is_the_cpus(size: tuple[int, ...]) -> None:
     key = torch.tensor([-(2**40) + 7, 2**31])

@@ -190,6 +190,12 @@ class Shim:
         self.run("control", {"accepted": accepted, "h_next": following}, arrays, rows=len(norm), exponent=exponent)
         return torch.stack([accepted, following])
 
+    def marginal(self, u, first, last, process, a, b) -> tuple[Tensor, ...]:
+        results = {name: torch.empty_like(u) for name in "tms"}
+        numbers = {"first": first, "span": last - first, "a": a, "b": b, "process": reference.PROCESSES.index(process)}
+        self.run("marginal", results, {"u": u}, rows=len(u), dtype=DTYPE_CODES[u.dtype], **numbers)
+        return tuple(results.values())
+
     def noise_values(self, law: str, draw: Draw, size: tuple[int, ...], high: int = 0) -> Tensor:
         values = torch.empty(size, dtype=torch.int64 if law == "integers" else torch.float32)
         arrays, numbers = self.noise(draw, values)
@@ -352,6 +358,17 @@ def test_control(shim: Shim) -> None:
             torch.testing.assert_close(result, reference.rk_control(norm, h, after, -1 / 5), rtol=1e-14, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_marginals(dtype: torch.dtype, shim: Shim) -> None:
+    for n in (1, 3, 255, 256, 257, 1000):
+        u = torch.rand(n, dtype=dtype)
+        for process, a, b in (("vp", 0.1, 20.0), ("subvp", 0.1, 20.0), ("ve", 0.01, 50.0)):
+            for largest_grid in (UNLIMITED, 1):
+                results = shim.set(largest_grid=largest_grid).marginal(u, 1e-5, 1.0, process, a, b)
+                for one, other in zip(results, ops.marginal(u, 1e-5, 1.0, process, a, b), strict=True):
+                    torch.testing.assert_close(one, other, rtol=4 * torch.finfo(dtype).eps, atol=0)
+
+
 @pytest.mark.parametrize("tiles", [0, 1, 2, 33, 255, 256, 257, 1000])
 def test_sums_of_tiles(tiles: int, shim: Shim) -> None:
     for rows in (1, 20):
@@ -417,6 +434,7 @@ def test_no_access_outside_the_other_arrays(sanitized: Shim) -> None:
     test_combine_of_any_number_of_arrays(sanitized)
     test_noise(sanitized)
     test_control(sanitized)
+    test_marginals(torch.float32, sanitized)
     test_a_loop_on_the_device(sanitized)
     test_sums_of_tiles(257, sanitized)
     test_noise_of_channels_last("perturb", (3, 5, 3, 7), sanitized)

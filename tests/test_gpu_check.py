@@ -38,7 +38,7 @@ def test_the_small_suite_covers_every_op(monkeypatch: pytest.MonkeyPatch) -> Non
     plain = ops._op
     monkeypatch.setattr(ops, "_op", lambda name, x: called.add(name) or plain(name, x))
     gpu_check.small_suite("cpu")
-    of_the_cpu = {"name", "perturb_keeping"}
+    of_the_cpu = {"name", "perturb_keeping", "noise_with_squares"}
     assert called == {name for name in dir(ops._ops) if not name.startswith("_")} - of_the_cpu
 
 

@@ -289,3 +289,14 @@ def test_meta_arrays_have_shapes_alone(op_name: str) -> None:
     for r, e in pairs:
         assert (r.shape, r.dtype, r.stride()) == (e.shape, e.dtype, e.stride())
         assert e.is_meta
+
+
+def test_marginal() -> None:
+    for u in (torch.rand(3).half(), torch.arange(3), 0.5):
+        with pytest.raises(TypeError, match="u: expected"):
+            ops.marginal(u, 1e-5, 1.0, "vp", 0.1, 20.0)
+    for u in (torch.rand(3, 2), torch.tensor(0.5)):
+        with pytest.raises(ValueError, match="u: expected shape"):
+            ops.marginal(u, 1e-5, 1.0, "vp", 0.1, 20.0)
+    with pytest.raises(ValueError, match="process: expected one of vp, subvp, ve, got 'cosine'"):
+        ops.marginal(torch.rand(3), 1e-5, 1.0, "cosine", 0.1, 20.0)

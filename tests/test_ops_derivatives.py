@@ -77,6 +77,7 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
         ],
         "rk_error": [(array(f32, False), array(f32, False), slopes(2), [0.5, -1.0], column(f32, 1), 1e-3, 1e-3)],
         "rk_control": [(column().abs(), column().abs(), torch.tensor([True, False, True]), -0.2)],
+        "marginal": [(torch.rand(5), 1e-5, 1.0, 0, 0.1, 20.0), (torch.rand(5).double(), 0.0, 1.0, 2, 0.01, 50.0)],
         "noise_normal": [(KEY, None, 0, [3, 5]), (KEY, IDS, 1, [3])],
         "noise_with_squares": [(KEY, None, 0, [3, 5]), (KEY, IDS, 1, [3])],
         "noise_uniform": [(KEY, None, 0, [3, 5]), (KEY, IDS, 1, [3])],

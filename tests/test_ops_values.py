@@ -9,7 +9,7 @@ import torch
 from op_table import COEFFICIENTS, DTYPES, NOISE, OPS, Arguments, Op, arguments, check, compute_dtype
 from torch import Tensor
 
-from scoresde_ext import ops, reference
+from scoresde_ext import ops, reference, sde_lib
 from scoresde_ext.ops import Draw
 
 every_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS.keys())
@@ -374,6 +374,56 @@ def test_sums_of_long_rows_do_not_drift() -> None:
     out = torch.full((1, 2**20), 0.1)
     right = 2**20 * float(out[0, 0].double() ** 2)
     assert ops.score_loss(out, 1.0, None, 1.0).item() == pytest.approx(right, rel=1e-6)
+
+
+# --- marginals --------------------------------------------------------------------------------------------------------
+
+SDES = {"vp": sde_lib.VPSDE(0.1, 20.0), "subvp": sde_lib.subVPSDE(0.2, 15.0), "ve": sde_lib.VESDE(0.01, 50.0)}
+PARAMETERS = {"vp": (0.1, 20.0), "subvp": (0.2, 15.0), "ve": (0.01, 50.0)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("process", SDES)
+def test_marginal(process: str, dtype: torch.dtype) -> None:
+    """The formulas in float64 at the same times, down to the smallest: also those of the SDE's class."""
+    # Rounded once; or, in float64, as an exponential of up to ten makes of its rounded argument.
+    tolerance = 0.6 * torch.finfo(dtype).eps if dtype == torch.float32 else 2e-15
+    for n in (0, 1, 2, 7, 5000):
+        spaced = torch.rand(n, 2, dtype=dtype)[:, 0]
+        for u in (spaced.contiguous(), spaced, torch.logspace(-9, 0, n, dtype=dtype)):
+            for first in (1e-5, 1e-12):
+                t, m, s = ops.marginal(u, first, 1.0, process, *PARAMETERS[process])
+                assert torch.equal(t, reference.marginal(u, first, 1.0, process, *PARAMETERS[process])[0])
+                assert t.dtype == m.dtype == s.dtype == dtype
+                exact = reference.marginal(t.double(), 0.0, 1.0, process, *PARAMETERS[process])
+                of_class = SDES[process].marginal_coefficients(t.double())
+                for result, right, other in zip((m, s), exact[1:], of_class, strict=True):
+                    torch.testing.assert_close(right, other, rtol=1e-14, atol=0)
+                    torch.testing.assert_close(result.double(), right, rtol=tolerance, atol=0)
+
+
+def test_perturbations_follow_the_sde() -> None:
+    """Ones that are changed are asked by their methods."""
+    u = torch.rand(9)
+    for sde in SDES.values():
+        t, m, s = sde_lib.perturbation(sde, u, 1e-3)
+        assert torch.equal(t, u * (1 - 1e-3) + 1e-3)
+        torch.testing.assert_close((m, s), sde.marginal_coefficients(t), rtol=1e-6, atol=1e-7)
+
+    class Mine(sde_lib.VPSDE):
+        def marginal_coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+            return 2 * t, 3 * t
+
+    changed = sde_lib.VPSDE()
+    changed.marginal_coefficients = Mine().marginal_coefficients
+    for sde in (Mine(), changed):
+        t, m, s = sde_lib.perturbation(sde, u, 1e-3)
+        assert torch.equal(m, 2 * t) and torch.equal(s, 3 * t)
+    other = sde_lib.VPSDE()
+    other.beta_1 = 5.0
+    assert torch.equal(
+        sde_lib.perturbation(other, u, 1e-3)[2], sde_lib.perturbation(sde_lib.VPSDE(0.1, 5.0), u, 1e-3)[2]
+    )
 
 
 # --- linear combinations ----------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels/kernels.h"
+#include "math/marginal.h"
 #include "math/philox.h"
 
 namespace scoresde::SCORESDE_ISA {
@@ -23,6 +24,16 @@ SCORESDE_HD A at_entry(const Matrices& c, int64_t m, int64_t k, int64_t row) {
 }
 
 SCORESDE_HD bool has_noise(const Noise& noise) { return noise.array || noise.key; }
+
+// A row of a call for marginals.
+template <class A>
+SCORESDE_HD void set_marginal(const MarginalArgs& args, int64_t row) {
+  const A t = static_cast<const A*>(args.u)[row] * static_cast<A>(args.span) + static_cast<A>(args.first);
+  const Marginal at = marginal_at<A>(args.process, args.a, args.b, static_cast<double>(t));
+  static_cast<A*>(args.t)[row] = t;
+  static_cast<A*>(args.m)[row] = static_cast<A>(at.m);
+  static_cast<A*>(args.s)[row] = static_cast<A>(at.s);
+}
 
 // The stream of random numbers of a row.
 SCORESDE_HD Stream stream_of(const Noise& noise, int64_t row) {

@@ -147,6 +147,21 @@ struct ControlArgs {
   double* h_next;
 };
 
+enum class Process : int32_t { vp, subvp, ve };
+
+// t = first + span u; m and s at t of the process with parameters a, b (math/marginal.h).
+struct MarginalArgs {
+  DType dtype;  // f32 or f64
+  int64_t rows;
+  const void* u;
+  double first, span;
+  Process process;
+  double a, b;
+  void* t;
+  void* m;
+  void* s;
+};
+
 // Work is cut into tiles of at most `tile` elements: pieces of a long row, or several whole short rows. Tiles do not
 // depend on the number of threads, and sums are kept per tile and added in order, so that results do not depend on it
 // either.
@@ -177,6 +192,7 @@ struct CpuKernels {
 };
 
 void control_steps(const ControlArgs& args);
+void marginals(const MarginalArgs& args, int64_t begin, int64_t end);
 
 // The best of the compiled sets that this processor runs. SCORESDE_EXT_CPU=generic|avx2|avx512 in the environment asks
 // for a lower one.
@@ -194,6 +210,7 @@ int cuda_launch(const ErrorArgs& args, void* stream);
 int cuda_launch(const NoiseArgs& args, void* stream);
 int cuda_launch(const SumArgs& args, void* stream);
 int cuda_launch(const ControlArgs& args, void* stream);
+int cuda_launch(const MarginalArgs& args, void* stream);
 const char* cuda_error(int code);
 
 // A loop on the device: an instantiated graph that runs a captured step, a cudaGraph_t of the current device, at least

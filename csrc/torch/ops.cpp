@@ -510,6 +510,37 @@ Tensor rk_control(const Tensor& norm, const Tensor& h, const Tensor& after_rejec
   return result;
 }
 
+// ---- marginals ----
+
+std::tuple<Tensor, Tensor, Tensor> marginal(const Tensor& u, double first, double last, int64_t process, double a,
+                                            double b) {
+  TORCH_CHECK_TYPE(u.scalar_type() == at::kFloat || u.scalar_type() == at::kDouble,
+                   "u: expected float32 or float64, got ", u.scalar_type(), ".");
+  TORCH_CHECK_VALUE(u.dim() == 1, "u: expected shape (B,), got ", u.sizes(), ".");
+  TORCH_CHECK_VALUE(process >= 0 && process <= static_cast<int64_t>(Process::ve),
+                    "process: expected 0 for vp, 1 for subvp or 2 for ve, got ", process, ".");
+  const Tensor us = u.contiguous();
+  const Tensor t = at::empty(u.sizes(), u.options()), m = at::empty_like(t), s = at::empty_like(t);
+  const MarginalArgs args{dtype_of(u, "u"),
+                          u.numel(),
+                          us.const_data_ptr(),
+                          first,
+                          last - first,
+                          static_cast<Process>(process),
+                          a,
+                          b,
+                          t.mutable_data_ptr(),
+                          m.mutable_data_ptr(),
+                          s.mutable_data_ptr()};
+  if (args.rows == 0) return {t, m, s};
+  if (u.is_cuda()) {
+    launch(args, u.device());
+  } else {
+    at::parallel_for(0, args.rows, 4096, [&](int64_t begin, int64_t end) { marginals(args, begin, end); });
+  }
+  return {t, m, s};
+}
+
 // ---- noise ----
 
 Tensor run_noise(const Tensor& key, const OptTensor& ids, int64_t draw, at::IntArrayRef size, Law law, uint64_t high,
@@ -557,6 +588,7 @@ void implement(torch::Library& m) {
   m.impl("rk_drift_stage", &rk_drift_stage);
   m.impl("rk_error", &rk_error);
   m.impl("rk_control", &rk_control);
+  m.impl("marginal", &marginal);
   m.impl("noise_normal", &noise_normal);
   m.impl("noise_uniform", &noise_uniform);
   m.impl("noise_integers", &noise_integers);
@@ -583,6 +615,7 @@ TORCH_LIBRARY(scoresde_ext, m) {
       "(Tensor, Tensor)");
   m.def("rk_error(Tensor y0, Tensor y1, Tensor[] ks, float[] e, Tensor h, float rtol, float atol) -> Tensor");
   m.def("rk_control(Tensor norm, Tensor h, Tensor after_rejection, float exponent) -> Tensor");
+  m.def("marginal(Tensor u, float first, float last, int process, float a, float b) -> (Tensor, Tensor, Tensor)");
   m.def("noise_normal(Tensor key, Tensor? ids, int draw, SymInt[] size) -> Tensor");
   m.def("noise_with_squares(Tensor key, Tensor? ids, int draw, SymInt[] size) -> (Tensor, Tensor)");
   m.def("noise_uniform(Tensor key, Tensor? ids, int draw, SymInt[] size) -> Tensor");

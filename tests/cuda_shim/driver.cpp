@@ -89,7 +89,8 @@ int run(const std::string& kernel, const Call& call) {
     return run_loop(call.integer("enough"), call.integer("launches"), call.array<int32_t>("flag"),
                     call.array<int32_t>("count"));
   }
-  const int64_t rows = call.integer("rows"), cols = kernel == "control" ? 1 : call.integer("cols");
+  const int64_t rows = call.integer("rows"),
+                cols = kernel == "control" || kernel == "marginal" ? 1 : call.integer("cols");
   if (kernel == "affine") {
     const AffineArgs args{call.dtype(),
                           rows,
@@ -164,6 +165,12 @@ int run(const std::string& kernel, const Call& call) {
         ControlArgs{rows, call.array<double>("norm"), call.array<double>("h"), call.array<bool>("after_rejection"),
                     call.real("exponent"), call.array<double>("accepted"), call.array<double>("h_next")},
         nullptr);
+  }
+  if (kernel == "marginal") {
+    return cuda_launch(MarginalArgs{call.dtype(), rows, call.array("u"), call.real("first"), call.real("span"),
+                                    static_cast<Process>(call.integer("process")), call.real("a"), call.real("b"),
+                                    call.array("t"), call.array("m"), call.array("s")},
+                       nullptr);
   }
   throw std::invalid_argument("no kernel " + kernel);
 }
