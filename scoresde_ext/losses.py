@@ -7,7 +7,6 @@ there, or kept where that is faster.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -71,8 +70,8 @@ def _perturbed(batch: Tensor, m: Tensor | float, s: Tensor | float, draw: Draw) 
 def _reduction(x: Tensor, reduce_mean: bool) -> float:
     """Weight of a squared residual in the loss: the mean over elements or half their sum, then the mean over the
     batch."""
-    elements = math.prod(x.shape[1:])
-    return (1.0 / max(elements, 1) if reduce_mean else 0.5) / max(len(x), 1)
+    batch = max(len(x), 1)
+    return 1.0 / max(x.numel(), batch) if reduce_mean else 0.5 / batch
 
 
 def get_sde_loss_fn(

@@ -82,7 +82,7 @@ def _number(name: str, v: Any, x: Tensor) -> Tensor:
     if not isinstance(v, Tensor) or not v.is_floating_point():
         got = v.dtype if isinstance(v, Tensor) else type(v).__name__
         raise TypeError(f"{name}: expected a number or a floating-point tensor of one element or (B,), got {got}.")
-    if v.device != x.device or v.dim() > 1 or v.numel() not in (1, *x.shape[:1]):
+    if v.dim() > 1 or (v.numel() != 1 and v.numel() != len(x)) or v.device != x.device:
         raise ValueError(
             f"{name}: expected one number or one a sample, shape {tuple(x.shape[:1])} on {x.device}, "
             f"got shape {tuple(v.shape)} on {v.device}."
@@ -150,7 +150,11 @@ def _streams(key: Any, ids: Any, device: torch.device) -> tuple[Tensor, Tensor |
 
 
 def _needs_reference(*numbers: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in numbers)
+    if torch.is_grad_enabled():
+        for v in numbers:
+            if v is not None and v.requires_grad:
+                return True
+    return False
 
 
 def _op(name: str, x: Tensor) -> Callable[..., Any]:

@@ -4,6 +4,7 @@ Compiled with g++ from the same source as for a GPU, once plain and once under t
 sanitizers. What only a GPU can show (registers, memory coalescing, streams) is not tested here.
 """
 
+import math
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -192,7 +193,8 @@ class Shim:
 
     def marginal(self, u, first, last, process, a, b) -> tuple[Tensor, ...]:
         results = {name: torch.empty_like(u) for name in "tms"}
-        numbers = {"first": first, "span": last - first, "a": a, "b": b, "process": reference.PROCESSES.index(process)}
+        p, q = (a, math.log(b / a)) if process == "ve" else (0.25 * (b - a), 0.5 * a)
+        numbers = {"first": first, "span": last - first, "p": p, "q": q, "process": reference.PROCESSES.index(process)}
         self.run("marginal", results, {"u": u}, rows=len(u), dtype=DTYPE_CODES[u.dtype], **numbers)
         return tuple(results.values())
 

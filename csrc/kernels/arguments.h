@@ -1,6 +1,8 @@
 // How kernels read their arguments, for host and device.
 #pragma once
 
+#include <type_traits>
+
 #include "kernels/kernels.h"
 #include "math/marginal.h"
 #include "math/philox.h"
@@ -25,14 +27,26 @@ SCORESDE_HD A at_entry(const Matrices& c, int64_t m, int64_t k, int64_t row) {
 
 SCORESDE_HD bool has_noise(const Noise& noise) { return noise.array || noise.key; }
 
-// A row of a call for marginals.
-template <class A>
-SCORESDE_HD void set_marginal(const MarginalArgs& args, int64_t row) {
-  const A t = static_cast<const A*>(args.u)[row] * static_cast<A>(args.span) + static_cast<A>(args.first);
-  const Marginal at = marginal_at<A>(args.process, args.a, args.b, static_cast<double>(t));
-  static_cast<A*>(args.t)[row] = t;
-  static_cast<A*>(args.m)[row] = static_cast<A>(at.m);
-  static_cast<A*>(args.s)[row] = static_cast<A>(at.s);
+// The marginal of a row.
+template <Process process, class A>
+SCORESDE_HD void set_marginal(const MarginalArgs& args, A u, A& t, A& m, A& s) {
+  t = u * static_cast<A>(args.span) + static_cast<A>(args.first);
+  const Marginal at = marginal_at<process, A>(args.p, args.q, static_cast<double>(t));
+  m = static_cast<A>(at.m);
+  s = static_cast<A>(at.s);
+}
+
+// Calls f with the process as a constant.
+template <class F>
+auto with_process(Process process, F f) {
+  switch (process) {
+    case Process::vp:
+      return f(std::integral_constant<Process, Process::vp>{});
+    case Process::subvp:
+      return f(std::integral_constant<Process, Process::subvp>{});
+    default:
+      return f(std::integral_constant<Process, Process::ve>{});
+  }
 }
 
 // The stream of random numbers of a row.

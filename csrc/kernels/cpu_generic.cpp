@@ -44,12 +44,6 @@ void control_steps(const ControlArgs& args) {
   }
 }
 
-void marginals(const MarginalArgs& args, int64_t begin, int64_t end) {
-  for (int64_t r = begin; r < end; ++r) {
-    args.dtype == DType::f64 ? generic::set_marginal<double>(args, r) : generic::set_marginal<float>(args, r);
-  }
-}
-
 const CpuKernels& cpu_kernels() {
   static const CpuKernels& chosen = choose();
   return chosen;

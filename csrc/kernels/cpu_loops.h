@@ -419,6 +419,19 @@ void residual_tiles(const ResidualArgs& args, int64_t begin, int64_t end) {
   }
 }
 
+inline void marginal_rows(const MarginalArgs& args, int64_t begin, int64_t end) {
+  const auto of_type = [&](auto number) {
+    using A = decltype(number);
+    const A* u = static_cast<const A*>(args.u);
+    A* __restrict t = static_cast<A*>(args.t), * __restrict m = static_cast<A*>(args.m);
+    A* __restrict s = static_cast<A*>(args.s);
+    with_process(args.process, [&, args = args](auto process) {
+      for (int64_t i = begin; i < end; ++i) set_marginal<process()>(args, u[i], t[i], m[i], s[i]);
+    });
+  };
+  args.dtype == DType::f64 ? of_type(double{}) : of_type(float{});
+}
+
 constexpr int group = 8;  // terms of a linear combination that are added in one pass over a tile
 
 // Begins a sum, or goes on with it, by n terms.
@@ -592,7 +605,8 @@ inline const CpuKernels& kernels(const char* capability) {
                                 SCORESDE_BY_DTYPE(combine_tiles),
                                 SCORESDE_BY_DTYPE(stage_tiles),
                                 SCORESDE_BY_DTYPE(error_tiles),
-                                noise_tiles};
+                                noise_tiles,
+                                marginal_rows};
   return table;
 }
 

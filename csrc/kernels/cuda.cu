@@ -186,11 +186,12 @@ SCORESDE_KERNEL control_kernel(const __grid_constant__ ControlArgs args) {
   }
 }
 
-template <class A>
+template <Process process, class A>
 SCORESDE_KERNEL marginal_kernel(const __grid_constant__ MarginalArgs args) {
   const int64_t step = int64_t{gridDim.y} * blockDim.y;
   for (int64_t row = int64_t{blockIdx.y} * blockDim.y + threadIdx.y; row < args.rows; row += step) {
-    set_marginal<A>(args, row);
+    set_marginal<process>(args, static_cast<const A*>(args.u)[row], static_cast<A*>(args.t)[row],
+                          static_cast<A*>(args.m)[row], static_cast<A*>(args.s)[row]);
   }
 }
 
@@ -341,8 +342,10 @@ int cuda_launch(const SumArgs& args, void* stream) {
 int cuda_launch(const ControlArgs& args, void* stream) { return launch(control_kernel, args.rows, 1, 1, args, stream); }
 
 int cuda_launch(const MarginalArgs& args, void* stream) {
-  return launch(args.dtype == DType::f64 ? marginal_kernel<double> : marginal_kernel<float>, args.rows, 1, 1, args,
-                stream);
+  return with_process(args.process, [&](auto process) {
+    auto* kernel = args.dtype == DType::f64 ? marginal_kernel<process(), double> : marginal_kernel<process(), float>;
+    return launch(kernel, args.rows, 1, 1, args, stream);
+  });
 }
 
 const char* cuda_error(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }

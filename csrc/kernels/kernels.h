@@ -149,14 +149,15 @@ struct ControlArgs {
 
 enum class Process : int32_t { vp, subvp, ve };
 
-// t = first + span u; m and s at t of the process with parameters a, b (math/marginal.h).
+// t = first + span u, and m and s at t: with log m = -(p t + q) t and s^2 = 1 - m^2 (vp) or s = 1 - m^2 (subvp), or m =
+// 1 and s = p exp(q t) (ve).
 struct MarginalArgs {
   DType dtype;  // f32 or f64
   int64_t rows;
   const void* u;
   double first, span;
   Process process;
-  double a, b;
+  double p, q;
   void* t;
   void* m;
   void* s;
@@ -189,10 +190,10 @@ struct CpuKernels {
   void (*stage)(const StageArgs&, int64_t begin, int64_t end);
   void (*error)(const ErrorArgs&, int64_t begin, int64_t end);
   void (*noise)(const NoiseArgs&, int64_t begin, int64_t end);
+  void (*marginal)(const MarginalArgs&, int64_t begin, int64_t end);  // rows
 };
 
 void control_steps(const ControlArgs& args);
-void marginals(const MarginalArgs& args, int64_t begin, int64_t end);
 
 // The best of the compiled sets that this processor runs. SCORESDE_EXT_CPU=generic|avx2|avx512 in the environment asks
 // for a lower one.

@@ -519,6 +519,8 @@ std::tuple<Tensor, Tensor, Tensor> marginal(const Tensor& u, double first, doubl
   TORCH_CHECK_VALUE(u.dim() == 1, "u: expected shape (B,), got ", u.sizes(), ".");
   TORCH_CHECK_VALUE(process >= 0 && process <= static_cast<int64_t>(Process::ve),
                     "process: expected 0 for vp, 1 for subvp or 2 for ve, got ", process, ".");
+  const Process kind = static_cast<Process>(process);
+  const double p = kind == Process::ve ? a : 0.25 * (b - a), q = kind == Process::ve ? std::log(b / a) : 0.5 * a;
   const Tensor us = u.contiguous();
   const Tensor t = at::empty(u.sizes(), u.options()), m = at::empty_like(t), s = at::empty_like(t);
   const MarginalArgs args{dtype_of(u, "u"),
@@ -526,9 +528,9 @@ std::tuple<Tensor, Tensor, Tensor> marginal(const Tensor& u, double first, doubl
                           us.const_data_ptr(),
                           first,
                           last - first,
-                          static_cast<Process>(process),
-                          a,
-                          b,
+                          kind,
+                          p,
+                          q,
                           t.mutable_data_ptr(),
                           m.mutable_data_ptr(),
                           s.mutable_data_ptr()};
@@ -536,7 +538,7 @@ std::tuple<Tensor, Tensor, Tensor> marginal(const Tensor& u, double first, doubl
   if (u.is_cuda()) {
     launch(args, u.device());
   } else {
-    at::parallel_for(0, args.rows, 4096, [&](int64_t begin, int64_t end) { marginals(args, begin, end); });
+    at::parallel_for(0, args.rows, 4096, [&](int64_t begin, int64_t end) { cpu_kernels().marginal(args, begin, end); });
   }
   return {t, m, s};
 }

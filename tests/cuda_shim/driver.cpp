@@ -168,7 +168,7 @@ int run(const std::string& kernel, const Call& call) {
   }
   if (kernel == "marginal") {
     return cuda_launch(MarginalArgs{call.dtype(), rows, call.array("u"), call.real("first"), call.real("span"),
-                                    static_cast<Process>(call.integer("process")), call.real("a"), call.real("b"),
+                                    static_cast<Process>(call.integer("process")), call.real("p"), call.real("q"),
                                     call.array("t"), call.array("m"), call.array("s")},
                        nullptr);
   }
