@@ -31,7 +31,7 @@ SCORESDE_HD bool has_noise(const Noise& noise) { return noise.array || noise.key
 template <Process process, class A>
 SCORESDE_HD void set_marginal(const MarginalArgs& args, A u, A& t, A& m, A& s) {
   t = u * static_cast<A>(args.span) + static_cast<A>(args.first);
-  const Marginal at = marginal_at<process, A>(args.p, args.q, static_cast<double>(t));
+  const Marginal at = marginal_at<process>(args.p, args.q, static_cast<double>(t));
   m = static_cast<A>(at.m);
   s = static_cast<A>(at.s);
 }
