@@ -65,19 +65,25 @@ def _array(name: str, t: Any, x: Tensor) -> Tensor:
     return t if t.dtype == x.dtype else t.to(x.dtype)
 
 
+_LARGEST = torch.finfo(torch.float32).max
+
+
 @functools.lru_cache(maxsize=256)
-def _constant(v: float, dtype: torch.dtype) -> Tensor:
-    """A number as a tensor on the CPU. Most come again at every step, and to make one costs as much as a small kernel.
+def _constant(v: float, sign: float, dtype: torch.dtype) -> Tensor:
+    """A number as a tensor on the CPU; ``sign`` tells 0.0 and -0.0 apart. Most come again at every step, and to make one costs as much as a small kernel.
     By numpy: what an op of torch returned might belong to a transformation of torch.func that is in force now."""
-    with np.errstate(over="ignore"):  # beyond the range: Inf, as tensors are rounded
-        return torch.from_numpy(np.full(1, v, np.float64 if dtype == torch.float64 else np.float32))
+    if dtype == torch.float64:
+        return torch.from_numpy(np.array((v,), np.float64))
+    if abs(v) > _LARGEST and math.isfinite(v):  # as tensors are rounded; numpy would warn
+        v = math.copysign(math.inf, v)
+    return torch.from_numpy(np.array((v,), np.float32))
 
 
 def _number(name: str, v: Any, x: Tensor) -> Tensor:
     """A coefficient as a tensor of one element or ``(B,)``."""
     if isinstance(v, (int, float)):
         if x.is_cpu and not torch.compiler.is_compiling() and not is_in_torch_dispatch_mode():
-            return _constant(v, compute_dtype(x))
+            return _constant(v, math.copysign(1.0, v), compute_dtype(x))
         return torch.full((1,), v, dtype=compute_dtype(x), device=x.device)
     if not isinstance(v, Tensor) or not v.is_floating_point():
         got = v.dtype if isinstance(v, Tensor) else type(v).__name__

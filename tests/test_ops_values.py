@@ -269,7 +269,7 @@ def test_batches_that_are_not_finite_are_refused(shape: tuple[int, ...], value: 
 def test_numbers_as_coefficients_are_rounded_like_tensors() -> None:
     """Also where they come again, and where they are beyond the range."""
     x = torch.ones(2, 3)
-    for value in (0.1, -0.0, 1, 1e-50, 1e50, -math.inf, 0.1):
+    for value in (0.1, 0.0, -0.0, 1, 1e-50, 1e50, -math.inf, 0.1):
         for y in (x, x.double()):
             right = torch.tensor([value], dtype=torch.float64).to(y.dtype) * y
             result = ops.affine(y, None, value)
