@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,13 +42,21 @@ FULL = Effort(turns=6, seconds=0.2, threads=(1, 2), samples=2048)
 QUICK = Effort(turns=2, seconds=0.05, threads=(1,), samples=128)
 
 
-@contextmanager
-def workers(names: Sequence[str], threads: int) -> Iterator[dict[str, Worker]]:
-    started = {name: Worker(name, threads) for name in names}
-    try:
-        yield started
-    finally:
-        for worker in started.values():
+class Workers(dict[str, Worker]):
+    """By competitor; each is started where it is asked for first, and takes seconds to."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+
+    def __missing__(self, competitor: str) -> Worker:
+        self[competitor] = Worker(competitor, self.threads)
+        return self[competitor]
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for worker in self.values():
             worker.stop()
 
 
@@ -57,7 +64,7 @@ def competitors_of(case: Case) -> list[str]:
     return [*case.competitors, *([COPY] if case.name == BY_SIZE else [])]
 
 
-def check(case: Case, shape: Shape, started: dict[str, Worker]) -> None:
+def check(case: Case, shape: Shape, started: Workers) -> None:
     """All competitors compute what the first does, from the same random numbers."""
     values = {name: started[name].check(case.name, shape) for name in case.competitors}
     wanted = values[case.baseline]
@@ -70,7 +77,7 @@ def check(case: Case, shape: Shape, started: dict[str, Worker]) -> None:
             )
 
 
-def measure(case: Case, shape: Shape, effort: Effort, threads: int, started: dict[str, Worker]) -> list[Measured]:
+def measure(case: Case, shape: Shape, effort: Effort, threads: int, started: Workers) -> list[Measured]:
     names = competitors_of(case)
     times: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(effort.turns):
@@ -88,19 +95,19 @@ def measure(case: Case, shape: Shape, effort: Effort, threads: int, started: dic
 
 def measure_all(effort: Effort, quick: bool) -> list[Measured]:
     todo = [
-        (case, threads, case.quick_shapes if quick else case.shapes)
-        for case in CASES.values()
+        (case, shape, threads)
         for threads in effort.threads
+        for case in CASES.values()
+        for shape in (case.quick_shapes if quick else case.shapes)
     ]
     measured = []
-    with tqdm(total=sum(len(shapes) for _, _, shapes in todo), unit="case") as bar:
-        for case, threads, shapes in todo:
-            with workers(competitors_of(case), threads) as started:
-                for shape in shapes:
+    with tqdm(todo, unit="case") as bar:
+        for threads, these in itertools.groupby(bar, key=lambda item: item[2]):
+            with Workers(threads) as started:
+                for case, shape, _ in these:
                     bar.set_description(f"{case.name} {shape}, {threads} threads")
                     check(case, shape, started)
                     measured += measure(case, shape, effort, threads, started)
-                    bar.update()
     return measured
 
 
@@ -108,7 +115,7 @@ def sample_digits(effort: Effort, quick: bool) -> list[digits.Timed]:
     """Each sampler in its process, one setting after the other in turn."""
     wanted = digits.exact(effort.samples).numpy()
     points = []
-    with workers(digits.SAMPLERS, max(effort.threads)) as started:
+    with Workers(max(effort.threads)) as started:
         settings = {name: digits.settings_of(name, quick) for name in digits.SAMPLERS}
         todo = [p for row in itertools.zip_longest(*([(n, s) for s in v] for n, v in settings.items())) for p in row]
         for name, setting in tqdm([p for p in todo if p], desc="digits", unit="run"):

@@ -38,8 +38,8 @@ class Timed:
 
 def settings_of(sampler: str, quick: bool) -> tuple[float, ...]:
     if sampler in ADAPTIVE:
-        finest = 3 if quick else 5
-        return tuple(10.0**-i for i in range(1 if sampler.startswith("UniPC") else 2, finest))
+        coarsest = 1 if sampler.startswith("UniPC") else 2
+        return (0.01,) if quick else tuple(10.0**-i for i in range(coarsest, coarsest + 3))
     return (10, 20) if quick else ((6, 10, 15, 22) if sampler == FITTED else (10, 20, 40, 80))
 
 

@@ -70,8 +70,8 @@ _LARGEST = torch.finfo(torch.float32).max
 
 @functools.lru_cache(maxsize=256)
 def _constant(v: float, sign: float, dtype: torch.dtype) -> Tensor:
-    """A number as a tensor on the CPU; ``sign`` tells 0.0 and -0.0 apart. Most come again at every step, and to make one
-    costs as much as a small kernel. By numpy: what an op of torch returned might belong to a transformation of
+    """A number as a tensor on the CPU; ``sign`` tells 0.0 and -0.0 apart. Most come again at every step, and to make
+    one costs as much as a small kernel. By numpy: what an op of torch returned might belong to a transformation of
     torch.func that is in force now."""
     if dtype == torch.float64:
         return torch.from_numpy(np.array((v,), np.float64))

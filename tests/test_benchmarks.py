@@ -319,7 +319,7 @@ def test_a_competitor_that_computes_something_else_stops_the_benchmark() -> None
 
 
 def test_worker_measures_in_its_own_process() -> None:
-    with speed.workers([speed_cases.OURS], threads=1) as started:
+    with speed.Workers(threads=1) as started:
         worker = started[speed_cases.OURS]
         assert len(worker.seconds("loss step", (4, 3), 0.0)) == 3
         # two arrays at the peak: the gradient, and the noise that the loss keeps of a small batch
