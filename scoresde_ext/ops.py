@@ -209,15 +209,11 @@ def perturb(x0: Tensor, m: Tensor | float, s: Tensor | float, draw: Draw) -> Ten
     return _op("perturb", x0)(x0, ms, ss, *noise)
 
 
-KEPT_BYTES = 2**23
-"""Of a draw, as much as :func:`perturb_keeping` keeps: it stays in a processor's cache, and larger batches then need
-little more memory for it."""
-
-
 def perturb_keeping(x0: Tensor, m: Tensor | float, s: Tensor | float, draw: Draw) -> tuple[Tensor, Draw]:
-    """:func:`perturb`, and the draw as :func:`score_loss` takes it: on the CPU with the noise of the first samples,
-    which costs less to keep than to generate again. That of a float32 batch that requires no gradient; others are
-    perturbed as always and get their draw back.
+    """:func:`perturb`, and the draw as :func:`score_loss` takes it: on the CPU with the noise of the first 15 of
+    16 samples. To keep it costs less than to generate it again, even in large arrays; with the rest, a step of the loss
+    would need a third of plain torch's memory, and not less. That of a float32 batch that requires no gradient; others
+    are perturbed as always and get their draw back.
 
     Raises:
         ValueError: NaN or Inf in ``x0``, looked for on the CPU alone.
@@ -229,8 +225,7 @@ def perturb_keeping(x0: Tensor, m: Tensor | float, s: Tensor | float, draw: Draw
         if x0.is_cpu and not torch.compiler.is_compiling() and not x0.isfinite().all():
             raise ValueError("x0: expected finite values, got NaN or Inf.")
         return perturb(x0, m, s, draw), draw
-    kept = min(len(x0), KEPT_BYTES // (4 * max(math.prod(x0.shape[1:]), 1)))
-    x, z = _ops.perturb_keeping(x0, ms, ss, *noise[1:], kept)
+    x, z = _ops.perturb_keeping(x0, ms, ss, *noise[1:], len(x0) * 15 // 16)
     return x, draw._replace(z=z)
 
 
