@@ -26,8 +26,10 @@ class Worker:
     def __init__(self, competitor: str, threads: int) -> None:
         context = get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        before = {name: os.environ.get(name) for name in ALLOCATOR}
-        os.environ.update(ALLOCATOR)
+        # numpy's matrix products, scipy's solvers have some, go by the environment.
+        wanted = ALLOCATOR | dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
+        before = {name: os.environ.get(name) for name in wanted}
+        os.environ.update(wanted)
         self.process = context.Process(target=_serve, args=(theirs, competitor, threads), daemon=True)
         self.process.start()
         for name, value in before.items():
