@@ -352,11 +352,11 @@ def pc(graph: str, **options: Any) -> Any:
 @pytest.mark.parametrize("options", [{}, {"seeds": 3}, {"seeds": (3, [4, 1, 9, 0, 2])}, {"grid": [1.0, 0.4, 1e-3]}])
 def test_predictor_and_corrector(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     net = Net()
+    monkeypatch.setattr(predictors, "check_inputs", lambda *_: None)  # looks at the times, on the CPU alone
     torch.manual_seed(2)
     right, second = pc("auto", **options)(net), pc("auto", **options)(net)
     device = FakeDevice()
     monkeypatch.setattr(graphs, "backend_of", lambda _: device)
-    monkeypatch.setattr(predictors, "check_inputs", lambda *_: None)  # looks at the times, on the CPU alone
     for mode in ("off", "replay", "auto"):
         sampler = pc(mode, **options)
         torch.manual_seed(2)
