@@ -292,7 +292,8 @@ class AdaptiveOnHost(UniPC):
     """
 
     def combine(self, arrays: Sequence[Tensor], *matrix: Sequence[Any]) -> tuple[Tensor, ...]:
-        return ops.combine(arrays, [[c for v in line for c in np.atleast_1d(v).tolist()] for line in matrix])
+        table = np.stack([np.concatenate([v if isinstance(v, np.ndarray) else [v] for v in line]) for line in matrix])
+        return ops.combine(arrays, torch.from_numpy(table).to(arrays[0].device))
 
     def weights(self, l1: float, new: float) -> tuple[Any, Any, Any]:
         (start, end, ahead), nodes = np.array([[self.here.l], [l1], [new]]), np.array(self.nodes)[:, None]

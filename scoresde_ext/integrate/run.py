@@ -68,8 +68,10 @@ class Run:
 
     # -- evaluations
 
-    def evaluate(self, t: Time, ys: State) -> tuple[Terms, ...]:
-        return self.call(self.drift.terms, t, ys)
+    def evaluate(self, t: Time, ys: State, passing: bool = False) -> tuple[Terms, ...]:
+        """``passing``: see :class:`Drift`."""
+        terms = getattr(self.drift, "passing_terms", self.drift.terms) if passing else self.drift.terms
+        return self.call(terms, t, ys)
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         """One evaluation."""
