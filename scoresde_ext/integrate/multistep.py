@@ -85,8 +85,9 @@ def integral_weights(l0: Any, l1: Any, new: Any, nodes: Any, valid: Any) -> tupl
     h, k = l1 - l0, len(nodes)
     u, weight = quadrature(l0.device) if xp is torch else (NODES, WEIGHTS)
     # The integral's points and the new one, with what each counts.
-    angles = xp.concatenate([xp.arctan(2.0 * xp.exp(-(l0 + u * h))), new[None]])
-    shares = xp.concatenate([weight * xp.exp((u - 1.0) * h) * h, xp.ones_like(new)[None]])
+    ratio = xp.exp(-(l0 + u * h))  # s / m
+    angles = xp.concatenate([xp.arctan(2.0 * ratio), new[None]])
+    shares = xp.concatenate([weight * (h * xp.exp(-l1)) / ratio, xp.ones_like(new)[None]])
     near = list(xp.where(valid[:, None], angles - nodes[:, None], 1.0))
     products = [math.prod(near[:j] + near[j + 1 :], start=shares) for j in range(k)]
     terms = xp.stack([*products, products[0] * near[0]])
@@ -99,8 +100,10 @@ def integral_weights(l0: Any, l1: Any, new: Any, nodes: Any, valid: Any) -> tupl
 
 
 def _total(v: Any) -> Any:
-    """The sum along axis 1, whose length is a power of two. Halves are added onto halves: how torch sums depends on
-    where in memory a column lies."""
+    """The sum along axis 1, whose length is a power of two. Halves of tensors are added onto halves: how torch sums
+    depends on where in memory a column lies."""
+    if not isinstance(v, Tensor):
+        return v.sum(1)
     while v.shape[1] > 1:
         half = v.shape[1] // 2
         v = v[:, :half] + v[:, half:]
