@@ -4,7 +4,6 @@ and those on a grid of times, whose steps are known beforehand."""
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from .. import graphs
 from .results import Status
-from .run import Run, State, column
+from .run import Run, State, column, finite
 
 
 class OnGrid(Run):
@@ -47,8 +46,8 @@ class OnGrid(Run):
 
     def end_step(self, t: float, t_next: float, ys: State) -> None:
         """What is noted after a step from ``t`` to ``t_next``. On the CPU, as long as no sample is lost, the steps are
-        counted alone. (A finite sum has finite terms.)"""
-        if not (self.on_host and all(math.isfinite(y.sum()) for y in ys)):
+        counted alone."""
+        if not (self.on_host and finite(ys)):
             self.note()
             self.end_as(self.lost(ys), Status.NOT_FINITE)
         self.unnoted, self.t = self.unnoted + 1, t_next
