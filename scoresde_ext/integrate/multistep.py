@@ -27,7 +27,7 @@ from torch import Tensor
 from .. import ops
 from .drift import Drift, Time
 from .results import Status
-from .run import Run, column, padded
+from .run import Run, column, finite, padded
 from .runge_kutta import nan_alone
 from .stepping import OnGrid, Stepping
 
@@ -38,8 +38,11 @@ class Flow(Drift, Protocol):
     """What is asked of the probability flow of an affine SDE."""
 
     sde: Any
+    score_fn: Any
 
     def network(self, x: Tensor, t: Time) -> Tensor: ...
+
+    def given(self, x: Tensor, labels: Tensor) -> Tensor: ...
 
     def marginal(self, t: Any) -> tuple[Any, Any, Any]: ...
 
@@ -69,6 +72,7 @@ def quadrature(device: torch.device) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(NODES).to(device), torch.from_numpy(WEIGHTS).to(device)
 
 
+@np.errstate(divide="ignore", invalid="ignore")  # nodes that coincide give NaN, which the states then show
 def integral_weights(l0: Any, l1: Any, new: Any, nodes: Any, valid: Any) -> tuple[Any, Any, Any]:
     """What a step from log-SNR ``l0`` to ``l1`` multiplies values of D by: float64 numpy arrays or tensors.
 
@@ -199,7 +203,9 @@ class FixedGrid(OnGrid):
 
     def integrate(self) -> None:
         (x,) = self.ys
-        self.tables = self.tables.to(x.device, ops.compute_dtype(x))
+        dtype = ops.compute_dtype(x)
+        self.tables = self.tables.to(x.device, dtype)
+        self.labels = self.flow.score_fn.labels(torch.tensor(self.grid[:-1], dtype=dtype, device=x.device))
         self.drive()
 
     def step(self) -> None:
@@ -207,8 +213,8 @@ class FixedGrid(OnGrid):
         (x,) = self.ys
         before = [x] if self.with_state else []
         values = [torch.zeros_like(x)] * (self.tables.shape[2] - 2 - len(before))
-        for t, t_next, table in zip(self.grid, self.grid[1:], self.tables, strict=False):
-            out = self.call(self.flow.network, x, t)
+        for t, t_next, table, label in zip(self.grid, self.grid[1:], self.tables, self.labels, strict=False):
+            out = self.call(self.flow.given, x, label.repeat(len(x)))
             value, after = ops.combine([x, out, *values, *before], table)
             if before:
                 before = [x]
@@ -336,7 +342,7 @@ class AdaptiveOnHost(UniPC):
         out = self.call(self.flow.network, self.x, self.start)
         self.made = 1
         (value,) = self.combine([self.x, out], [self.here.a, self.here.b])
-        if not math.isfinite(value.sum()):  # a finite sum has finite terms
+        if not finite((value,)):
             self.count()
             self.end_as(self.lost((value,)), Status.NOT_FINITE)
             self.whole, self.stop = False, not bool(self.running.any())
