@@ -205,7 +205,8 @@ class FixedGrid(OnGrid):
         (x,) = self.ys
         dtype = ops.compute_dtype(x)
         self.tables = self.tables.to(x.device, dtype)
-        self.labels = self.flow.score_fn.labels(torch.tensor(self.grid[:-1], dtype=dtype, device=x.device))
+        labels = self.flow.score_fn.labels(torch.tensor(self.grid[:-1], dtype=dtype))
+        self.labels, self.label_dtype = labels.tolist(), labels.dtype
         self.drive()
 
     def step(self) -> None:
@@ -213,13 +214,13 @@ class FixedGrid(OnGrid):
         (x,) = self.ys
         before = [x] if self.with_state else []
         values = [torch.zeros_like(x)] * (self.tables.shape[2] - 2 - len(before))
-        for t, t_next, table, label in zip(self.grid, self.grid[1:], self.tables, self.labels, strict=False):
-            out = self.call(self.flow.given, x, label.repeat(len(x)))
+        for i, (table, label) in enumerate(zip(self.tables, self.labels, strict=True)):
+            out = self.call(self.flow.given, x, x.new_full((len(x),), label, dtype=self.label_dtype))
             value, after = ops.combine([x, out, *values, *before], table)
             if before:
                 before = [x]
             x, values = after, [value, *values[:-1]]
-            self.end_step(t, t_next, (x,))
+            self.end_step(self.grid[i], self.grid[i + 1], (x,))
         self.ys = (x,)
 
 
