@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import graphs
@@ -337,8 +338,8 @@ def _check_multistep(f: Any, method: str, order: int, coordinate: str, pi: bool,
 def _angle_grid(flow: Flow, start: float, end: float, steps: int | None) -> list[float]:
     """Times equally spaced in the angle atan(s / m), the ends exact."""
     first, last = (math.atan(math.exp(-flow.sde.log_snr(t))) for t in (start, end))
-    inner = _even(steps, first, last)[1:-1]
-    return [start, *(flow.sde.time_at(-math.log(math.tan(angle))) for angle in inner), end]
+    inner = torch.tensor(_even(steps, first, last)[1:-1], dtype=torch.float64)
+    return [start, *flow.sde.time_at(-inner.tan().log()).tolist(), end]
 
 
 def _check_grid(grid: Any, start: float, end: float) -> list[float]:
