@@ -27,7 +27,11 @@ class ProbabilityFlow:
 
     def network(self, x: Tensor, t: Time) -> Tensor:
         """The network's output at states ``x``: score = k out, with the k of :meth:`marginal`."""
-        return self.score_fn.network(x, self.labels(t, x)).to(x.dtype)
+        return self.given(x, self.labels(t, x))
+
+    def given(self, x: Tensor, labels: Tensor) -> Tensor:
+        """:meth:`network` where the labels ``(B,)`` are known."""
+        return self.score_fn.network(x, labels).to(x.dtype)
 
     def labels(self, t: Time, x: Tensor) -> Tensor:
         """What the network is given in place of ``t``."""

@@ -29,7 +29,7 @@ from . import noise, ops
 from .checks import check_eps, check_shape
 from .flow import ProbabilityFlow
 from .integrate import solve
-from .integrate.multistep import Flow, grid_tables
+from .integrate.multistep import Flow, grid_points, grid_tables, with_values
 from .models import utils as mutils
 from .ode import precision_floor
 from .sde_lib import SDE, AffineSDE
@@ -72,19 +72,21 @@ class Grid:
 
     def check(self, sde: SDE) -> None:
         """ValueError where the grid was made for another SDE."""
-        found = [sde.log_snr(t) for t in self.times] if isinstance(sde, AffineSDE) else []
-        if len(found) != len(self.log_snr) or max(abs(a - b) for a, b in zip(found, self.log_snr, strict=True)) > 1e-6:
-            ends = f"log-SNR {found[0]:.4g} to {found[-1]:.4g}" if found else "not affine"
+        found: Any = sde.log_snr(torch.tensor(self.times, dtype=torch.float64)) if isinstance(sde, AffineSDE) else None
+        if found is None or np.abs(found.numpy() - self.log_snr).max() > 1e-6:
+            ends = "not affine" if found is None else f"log-SNR {found[0]:.4g} to {found[-1]:.4g}"
             raise ValueError(
                 f"grid: expected the SDE it was calibrated for, {self.sde} with log-SNR {self.log_snr[0]:.4g} to "
                 f"{self.log_snr[-1]:.4g}, got {type(sde).__name__}, {ends} at the same times. Calibrate another."
             )
 
-    def tables(self, flow: Flow) -> Tensor:
-        """The matrices of the steps, see :func:`scoresde_ext.integrate.multistep.grid_tables`."""
+    def tables(self, flow: Flow) -> tuple[Tensor, bool]:
+        """The matrices of the steps, see :class:`scoresde_ext.integrate.multistep.FixedGrid`."""
         self.check(flow.sde)
-        tables = grid_tables(flow, self.times, self.order, "unipc")
-        return tables if self.fitted is None else _replaced(tables, torch.tensor(self.fitted, dtype=torch.float64))
+        if self.fitted is None:
+            return grid_tables(flow, self.times, self.order, "unipc"), False
+        rows = np.roll(np.array(self.fitted), -1, axis=1)  # x_{i-1} comes last
+        return with_values(grid_points(flow, self.times), rows), True
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes JSON: to another name first, so that no half-written file is ever found under this one."""
@@ -231,15 +233,6 @@ def _times(
     return [span[0], *(sde.time_at(v) for v in inner.tolist()), span[1]]
 
 
-def _replaced(tables: Tensor, fitted: Tensor) -> Tensor:
-    """The matrices of :func:`grid_tables` with fitted coefficients: x_i is the state that step i - 1 gave, which is not
-    corrected."""
-    tables = tables.clone()
-    tables[:, 1] = torch.eye(tables.shape[2], dtype=tables.dtype)[1]
-    tables[:, 2] = fitted
-    return tables
-
-
 def _fitted(flow: ProbabilityFlow, times: Sequence[float], order: int, states: Tensor) -> Tensor:
     """``(nfe, 3 + order)``: the coefficients of each step. ``states``: ``(nfe + 1, B, *)``, where the samples should
     be. Step by step, from where the samples are after the steps already fitted: what went wrong there is mended here.
@@ -250,10 +243,10 @@ def _fitted(flow: ProbabilityFlow, times: Sequence[float], order: int, states: T
     with torch.no_grad():
         for i, table in enumerate(grid_tables(flow, times, order, "unipc")):
             out = flow.network(x, times[i])
-            (value,) = ops.combine([x, out], table[:1, 1:3].to(x.device))
-            a, b = table[0, 1], table[0, 2]  # D = a x + b out
+            (value,) = ops.combine([x, out], table[:1, :2].to(x.device))
+            a, b = table[0, :2]  # D = a x + b out
             # x and out hardly differ at large times: D in the place of out is the better basis.
-            theory = table[2].clone()
+            theory = torch.cat([torch.zeros_like(a)[None], table[1]])
             theory[1], theory[2] = theory[1] - theory[2] * a / b, theory[2] / b
             known = [i > 0, True, True, *(j < i for j in range(order))]
             row = torch.zeros_like(theory)

@@ -248,33 +248,30 @@ class FixedSteps(Run):
     ) -> None:
         super().__init__(flow, *args)
         self.flow, self.grid, self.denoise = flow, grid, denoise
-        t = torch.tensor(grid, dtype=torch.float64)
-        m, s, k = flow.marginal(t)
-        numbers = (v[:, None] for v in (torch.log(m / s), m, s, k))
-        self.points = [Point.of(*v) for v in zip(*numbers, strict=True)]
+        m, s, k = flow.marginal(torch.tensor(grid, dtype=torch.float64))
+        self.points = Point.of(torch.log(m / s), m, s, k)
         self.tables, self.stds = self.coefficients(order, corrected)
 
     def coefficients(self, order: int, corrected: bool) -> tuple[Tensor, list[float]]:
         """``(N, 2, 4)``: one matrix a step for the arrays ``[p_i, out_i, D_{i-1}, D_{i-2}]``, giving ``[D_i, mean of
-        p_{i+1}]``, where p_i is the predicted state at time i; and the standard deviations about that mean."""
-        p, out, last, second_last = torch.eye(4, dtype=torch.float64)
-        points, tables, stds = self.points, [], []
-        before: Step | None = None  # the step to this point
-        for i in range(len(points) - 1):
-            here, there = points[i], points[i + 1]
-            value = here.a * p + here.b * out
-            ratio = torch.zeros_like(here.m)
-            if i > 0 and order == 2:
-                ratio = (there.log_snr - here.log_snr) / (here.log_snr - points[i - 1].log_snr)
-            step = step_between(here, there, ratio)
-            x = p
-            if corrected and before is not None:
-                x = p + 0.5 * before.gain * (value - last - before.ratio * (last - second_last))
-            now, past = step.continued()
-            tables.append(torch.stack([value, step.scale * x + now * value + past * last]))
-            stds.append(float(there.s * (step.gain / there.m).sqrt()))
-            before = step
-        return torch.stack(tables), stds
+        p_{i+1}]``, where p_i is the predicted state at time i; and the standard deviations about that mean. A step
+        starts from the corrected state, p_i and half the gain of the step before times ``D_i - D_{i-1} - r (D_{i-1} -
+        D_{i-2})``, with the ratio r of that step."""
+        here, there = Point(*(v[:-1] for v in self.points)), Point(*(v[1:] for v in self.points))
+        h = there.log_snr - here.log_snr
+        ratio, correction, ratio_before = torch.zeros((3, len(h)), dtype=torch.float64)
+        if order == 2:
+            ratio[1:] = h[1:] / h[:-1]
+        step = step_between(here, there, ratio)
+        now, past = step.continued()
+        if corrected:
+            correction[1:], ratio_before[1:] = 0.5 * step.scale[1:] * step.gain[:-1], ratio[:-1]
+        zero = torch.zeros_like(h)
+        value = torch.stack([here.a, here.b, zero, zero], 1)
+        mean = (now + correction)[:, None] * value + torch.stack(
+            [step.scale, zero, past - correction * (1.0 + ratio_before), correction * ratio_before], 1
+        )
+        return torch.stack([value, mean], 1), (there.s * (step.gain / there.m).sqrt()).tolist()
 
     def integrate(self) -> None:
         (p,) = self.ys
@@ -292,8 +289,8 @@ class FixedSteps(Run):
             self.reach(p, t_next)
             self.n_accepted += self.running
         if self.denoise:
-            end = self.points[-1]
-            p = ops.affine(p, self.call(self.flow.network, p, self.end), end.a.item(), end.b.item())
+            a, b = self.points.a[-1].item(), self.points.b[-1].item()  # D = a x + b out
+            p = ops.affine(p, self.call(self.flow.network, p, self.end), a, b)
             self.reach(p, self.end)
         self.ys = (p,)
         self.end_as(self.running, Status.SUCCESS)

@@ -470,3 +470,10 @@ def test_no_evaluation_outside_the_interval(mode: dict[str, Any], sde: str) -> N
         assert (solution.times[-1] == span[1]).all()
         if mode in ADAPTIVE.values():  # every row is evaluated at the end
             assert (labels == torch.tensor(span[1], dtype=dtype)).any(0).all()
+
+
+def test_a_sum_that_overflows_is_no_failure() -> None:
+    """Fixed steps look at a batch's sum first."""
+    y0 = torch.full((3, 40), 3e38)
+    solution = solve(lambda t, y: 0.0 * y, (0.0, 1.0), y0, "euler", steps=3)
+    assert torch.equal(solution.y, y0) and solution.n_accepted.tolist() == [3, 3, 3]

@@ -4,13 +4,16 @@ import itertools
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from flows import CONTROLS, SDES, exactly, flow_of, gaussian, gaussian_solution, marginal, mixture, prior
+from scipy.integrate import quad
 from torch import Tensor
 
 from scoresde_ext.flow import ProbabilityFlow
-from scoresde_ext.integrate import solve
+from scoresde_ext.integrate import padded, solve
+from scoresde_ext.integrate.multistep import integral_weights
 from scoresde_ext.models import utils as mutils
 from scoresde_ext.sde_lib import VPSDE, AffineSDE
 
@@ -22,6 +25,48 @@ METHODS: dict[str, dict[str, Any]] = {f"unipc {p}": {"method": "unipc", "order":
     "dpmpp_2m": {"method": "dpmpp_2m"}
 }
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+
+
+def lagrange(nodes: np.ndarray, values: np.ndarray, at: float) -> float:
+    """The polynomial through these values."""
+    basis = [np.prod([(at - b) / (a - b) for b in nodes if b != a]) for a in nodes]
+    return float(values @ np.array(basis))
+
+
+@every_order
+def test_weights(order: int) -> None:
+    """Three steps, the last one with a value less, against adaptive quadrature; tensors as numpy arrays, and columns
+    with the same bits at any place."""
+    l0, l1 = np.array([-2.0, 0.3, 1.5]), np.array([-1.999, 1.1, 9.0])
+    nodes = np.arctan(2.0 * np.exp(-np.stack([l0, l0 - 0.4, l0 - 1.1, l0 - 1.3])[:order]))
+    new, valid = np.arctan(2.0 * np.exp(-l1)), np.ones((order, 3), dtype=bool)
+    valid[1:, 2] = False
+    found = integral_weights(l0, l1, new, nodes, valid)
+    values = np.random.default_rng(0).normal(size=order + 1)
+    for row, (start, end) in enumerate(zip(l0, l1, strict=True)):
+        w, v, g = (f[..., row] for f in found)
+        known = valid[:, row]
+        assert not w[~known].any() and not v[~known].any()
+
+        def integral(nodes: np.ndarray, values: np.ndarray, start: float = start, end: float = end) -> float:
+            def integrand(at: float) -> float:
+                return math.exp(at - end) * lagrange(nodes, values, math.atan(2.0 * math.exp(-at)))
+
+            return quad(integrand, start, end, epsabs=1e-13, epsrel=1e-12)[0]
+
+        of, last = values[1:], values[0]
+        assert w @ of == pytest.approx(integral(nodes[known, row], of[known]), rel=1e-10)
+        assert v @ of == pytest.approx(lagrange(nodes[known, row], of[known], new[row]), rel=1e-10)
+        through = integral(np.append(nodes[known, row], new[row]), np.append(of[known], last))
+        assert w @ of + g * (last - v @ of) == pytest.approx(through, rel=1e-10)
+
+    tensors = [torch.from_numpy(a) for a in (l0, l1, new, nodes, valid)]
+    whole = padded(integral_weights, *tensors)
+    for a, b in zip(whole, found, strict=True):
+        torch.testing.assert_close(a, torch.from_numpy(b), rtol=1e-12, atol=1e-14)
+    for row in range(3):
+        alone = padded(integral_weights, *(t[..., row : row + 1] for t in tensors))
+        assert all(torch.equal(a[..., row : row + 1], b) for a, b in zip(whole, alone, strict=True))
 
 
 def log_snr_grid(sde: AffineSDE, steps: int, start_up: int = 0) -> list[float]:

@@ -13,12 +13,13 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import graphs
 from ..checks import check_state, check_tolerances
 from .drift import Drift, Function, Terms, Time, time_vector
-from .multistep import MULTISTEP, Adaptive, CalibratedGrid, FixedGrid, Flow, grid_tables
+from .multistep import MULTISTEP, Adaptive, AdaptiveOnHost, CalibratedGrid, FixedGrid, Flow, grid_tables
 from .refill import Finished, Stream
 from .results import Solution, SolverError, Status
 from .run import Run, padded
@@ -232,13 +233,12 @@ def prepare(
         flow = _check_multistep(f, str(method), order, coordinate, pi, first_step)
         if fixed:
             times = times or _angle_grid(flow, start, end, steps)
-            if calibrated:
-                tables = calibrated.tables(flow)
-            else:
-                tables = grid_tables(flow, times, order if method == "unipc" else 2, str(method))
-            run = FixedGrid(times, tables, flow, *problem, None, progress)
+            matrices = calibrated.tables(flow) if calibrated else (grid_tables(flow, times, order, str(method)), False)
+            run = FixedGrid(times, *matrices, flow, *problem, None, progress)
         elif method == "unipc":
-            run = Adaptive(order, rtol, atol, first_step, per_sample, flow, *problem, wanted, progress)
+            rest = (order, rtol, atol, first_step, flow, *problem, wanted, progress)
+            on_host = graphs.backend_of(ys[0].device) is None
+            run = AdaptiveOnHost(*rest) if on_host and not per_sample else Adaptive(per_sample, *rest)
         else:
             raise ValueError(f"steps: expected a number of steps, or a grid, for the fixed-step method {method!r}.")
         run.plan = plan
@@ -338,8 +338,8 @@ def _check_multistep(f: Any, method: str, order: int, coordinate: str, pi: bool,
 def _angle_grid(flow: Flow, start: float, end: float, steps: int | None) -> list[float]:
     """Times equally spaced in the angle atan(s / m), the ends exact."""
     first, last = (math.atan(math.exp(-flow.sde.log_snr(t))) for t in (start, end))
-    inner = _even(steps, first, last)[1:-1]
-    return [start, *(flow.sde.time_at(-math.log(math.tan(angle))) for angle in inner), end]
+    inner = torch.tensor(_even(steps, first, last)[1:-1], dtype=torch.float64)
+    return [start, *flow.sde.time_at(-inner.tan().log()).tolist(), end]
 
 
 def _check_grid(grid: Any, start: float, end: float) -> list[float]:

@@ -28,7 +28,11 @@ class Terms(NamedTuple):
 
 class Drift(Protocol):
     """A right-hand side that leaves its products to the kernels: for the state's parts ``ys`` the terms of each part's
-    derivative at time ``t``, a float for all samples or, under per-sample control, a float64 tensor ``(B,)``."""
+    derivative at time ``t``, a float for all samples or, under per-sample control, a float64 tensor ``(B,)``.
+
+    It may also have ``passing_terms``, of the same form, for the stages of a step whose slopes only other stages take:
+    where the derivative of a part is nothing that others depend on, and is asked for in vain, it may then be anything
+    finite."""
 
     def terms(self, t: Time, ys: tuple[Tensor, ...]) -> tuple[Terms, ...]: ...
 

@@ -48,8 +48,8 @@ class RungeKutta(Run):
         ks = [[k] for k in first]
         targets = [*tableau.a[1:], tableau.b]
         points = tuple(ops.rk_stage(y, k, targets[0][:1], h) for y, k in zip(ys, ks, strict=True))
-        for a, c in zip(targets[1:], tableau.c[1:], strict=True):
-            terms = self.evaluate(t_new if c == 1.0 else t + c * h, points)
+        for i, (a, c) in enumerate(zip(targets[1:], tableau.c[1:], strict=True), 1):
+            terms = self.evaluate(t_new if c == 1.0 else t + c * h, points, i in tableau.passing)
             following = []
             for y, k, x, term in zip(ys, ks, points, terms, strict=True):
                 if term.plain:

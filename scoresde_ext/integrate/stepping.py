@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import graphs
 from .results import Status
-from .run import Run, State, column
+from .run import Run, State, column, finite
 
 
 class OnGrid(Run):
@@ -21,33 +21,50 @@ class OnGrid(Run):
     STATE: tuple[str, ...] = ("ys", "status", "reached", "evaluations", "n_accepted")
 
     evaluations_a_step = 1
+    t: float
     going: Tensor  # not used: the number of steps is known
 
     def __init__(self, grid: Sequence[float], *args: Any) -> None:
         super().__init__(*args)
         self.grid = grid
         self.first_step = abs(grid[1] - grid[0])
+        self.on_host = graphs.backend_of(self.reached.device) is None
+        self.unnoted = 0
 
     def step(self) -> None:
         raise NotImplementedError
 
     def drive(self) -> None:
-        self.plan.run(self, self.reached.device, (type(self).__name__, tuple(self.grid)), steps=range(1))
+        try:
+            self.plan.run(self, self.reached.device, (type(self).__name__, tuple(self.grid)), steps=range(1))
+        finally:
+            self.note()
         if self.plan.choice.mode != "off":
             self.nfe = self.evaluations_a_step * (len(self.grid) - 1)
             self.times, self.step_sizes = list(self.grid), [abs(b - a) for a, b in itertools.pairwise(self.grid)]
         self.end_as(self.running, Status.SUCCESS)
 
     def end_step(self, t: float, t_next: float, ys: State) -> None:
-        """What is noted after a step from ``t`` to ``t_next``."""
+        """What is noted after a step from ``t`` to ``t_next``. On the CPU, as long as no sample is lost, the steps are
+        counted alone."""
+        if not (self.on_host and finite(ys)):
+            self.note()
+            self.end_as(self.lost(ys), Status.NOT_FINITE)
+        self.unnoted, self.t = self.unnoted + 1, t_next
+        if not self.on_host:
+            self.note()
         self.times.append(t_next)
         self.step_sizes.append(abs(t_next - t))
-        self.end_as(self.lost(ys), Status.NOT_FINITE)
-        running = self.running
-        self.reached = torch.where(running, t_next, self.reached)
-        self.n_accepted += running
-        self.evaluations += running * self.evaluations_a_step
         self.show(abs(t_next - self.start) / abs(self.end - self.start))
+
+    def note(self) -> None:
+        """The steps made since the last time, up to ``t``, for the samples that run."""
+        if self.unnoted:
+            running = self.running
+            self.reached = torch.where(running, self.t, self.reached)
+            self.n_accepted += running * self.unnoted
+            self.evaluations += running * (self.unnoted * self.evaluations_a_step)
+            self.unnoted = 0
 
 
 class Stepping(Run):
@@ -157,15 +174,10 @@ class Stepping(Run):
             self.logged.index_copy_(1, torch.where(self.going > 0, self.count, self.LOG), line)
             self.count = self.count + self.going
             self.steps_made = self.steps_made + self.going
-        elif self.per_sample:
+        else:
             self.step_sizes.append(h)
             self.error_norms.append(norm)
             self.times.append(t)
-        else:
-            self.step_sizes.append(h.item())
-            self.error_norms.append(norm.item())
-            if bool(accepted):
-                self.times.append(t.item())
 
     def take_log(self) -> None:
         """What a device noted down."""

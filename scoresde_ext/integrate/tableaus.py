@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -34,6 +35,12 @@ class Tableau:
             raise ValueError(f"a, b, c: expected rows of 0 to {n - 1} numbers in a, and {n} in b and c each.")
         if len(self.errors) > 2 or any(len(row) != n + 1 for row in self.errors):
             raise ValueError(f"errors: expected at most two rows of {n + 1} numbers, one a slope.")
+
+    @functools.cached_property
+    def passing(self) -> frozenset[int]:
+        """The stages after the first whose slopes only other stages take: no result has a weight for them."""
+        results = (self.b, *self.errors, *zip(*self.dense, strict=True))
+        return frozenset(i for i in range(1, len(self.b)) if not any(weights[i] for weights in results))
 
 
 EULER = Tableau(a=((),), b=(1.0,), c=(0.0,), order=1)
