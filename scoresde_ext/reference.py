@@ -99,19 +99,52 @@ def rk_stage(y: Tensor, ks: Sequence[Tensor], a: Sequence[float], h: Tensor | fl
     return y + rows(h, y) * total
 
 
+def slope_at(
+    y: Tensor,
+    ks: Sequence[Tensor],
+    h: Tensor | float,
+    x: Tensor | Sequence[float],
+    out: Tensor,
+    f: Tensor | float | None,
+    q: Tensor | float,
+) -> Tensor:
+    """f x + q out, without f q out. Coefficients for x: x = y + h sum_j x_j k_j."""
+    if f is None:
+        return rows(q, out) * out
+    return affine(x if isinstance(x, Tensor) else rk_stage(y, ks, x, h), out, f, q)
+
+
 def rk_drift_stage(
     y: Tensor,
     ks: Sequence[Tensor],
     a: Sequence[float],
     h: Tensor | float,
-    x: Tensor,
+    x: Tensor | Sequence[float],
     out: Tensor,
-    f: Tensor | float,
+    f: Tensor | float | None,
     q: Tensor | float,
 ) -> tuple[Tensor, Tensor]:
     """k = f x + q out; y + h (sum_j a_j k_j + a_last k)"""
-    k = affine(x, out, f, q)
+    k = slope_at(y, ks, h, x, out, f, q)
     return k, rk_stage(y, [*ks, k], a, h)
+
+
+def rk_last_stage(
+    y: Tensor,
+    ks: Sequence[Tensor],
+    a: Sequence[Sequence[float]],
+    h: Tensor | float,
+    x: Tensor | Sequence[float],
+    out: Tensor,
+    f: Tensor | float | None,
+    q: Tensor | float,
+) -> tuple[Tensor, ...]:
+    """k as above, then for each line of a: y + h (sum_j a_j k_j + a_last k) for the first two, the sum for others"""
+    slopes = [*ks, slope_at(y, ks, h, x, out, f, q)]
+    none = torch.zeros_like(y)
+    return slopes[-1], *(
+        rk_stage(y, slopes, c, h) if m < 2 else rk_stage(none, slopes, c, 1.0) for m, c in enumerate(a)
+    )
 
 
 def rk_error(
@@ -121,6 +154,23 @@ def rk_error(
     err = rk_stage(torch.zeros_like(y0), ks, e, h)
     scaled = err / (atol + rtol * torch.maximum(y0.abs(), y1.abs()))
     return scaled.double().square().reshape(len(y0), math.prod(y0.shape[1:])).sum(1)
+
+
+def rk_drift_error(
+    y0: Tensor,
+    y1: Tensor,
+    ks: Sequence[Tensor],
+    e: Sequence[float],
+    h: Tensor | float,
+    out: Tensor,
+    f: Tensor | float | None,
+    q: Tensor | float,
+    rtol: float,
+    atol: float,
+) -> tuple[Tensor, Tensor]:
+    """rk_error with one more slope, k = f y1 + q out; and that slope"""
+    k = slope_at(y1, (), h, y1, out, f, q)
+    return rk_error(y0, y1, [*ks, k], e, h, rtol, atol), k
 
 
 def rk_control(norm: Tensor, h: Tensor, after_rejection: Tensor, exponent: float) -> Tensor:

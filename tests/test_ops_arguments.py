@@ -73,8 +73,8 @@ def rows() -> list[Any]:
             )
         for name in op.coefficients if op_name != "combine" else ():  # takes them as one tensor
             for problem, spoil in BAD_COEFFICIENTS.items():
-                # score_loss takes None for c and d
-                if not (name in "cd" and problem == "None"):
+                # score_loss takes None for c and d, the Runge-Kutta stages for f
+                if not (name in "cdf" and problem == "None"):
                     table.append(pytest.param(op_name, name, spoil, id=f"{op_name}-{name}-{problem}"))
     return table
 
@@ -152,14 +152,26 @@ def test_coefficients_that_require_gradients(op_name: str, problem: str) -> None
             refused(name, ops_call(op_name), v | {name: BAD_COEFFICIENTS[problem](v[name]).requires_grad_()})
 
 
-@pytest.mark.parametrize("name", ["rk_stage", "rk_drift_stage", "rk_error"])
+@pytest.mark.parametrize("name", ["rk_stage", "rk_drift_stage", "rk_last_stage", "rk_error", "rk_drift_error"])
 def test_weights_of_slopes(name: str) -> None:
     op = OPS[name]
     v = arguments(op, SHAPE, torch.float32)
     for weights in ((1.0,) * 3, (1.0,) * 5, ()):
-        refused("e" if name == "rk_error" else "a", op.call, ops, v | {"weights": weights})
+        refused("e" if "error" in name else "a", op.call, ops, v | {"weights": weights})
     many = {f"k{i}": v["k0"] for i in range(17)}
-    refused("ks", op.call, ops, v | many | {"weights": (1.0,) * (18 if name == "rk_drift_stage" else 17)})
+    refused("ks", op.call, ops, v | many | {"weights": (1.0,) * (17 if name in ("rk_stage", "rk_error") else 18)})
+
+
+def test_lines_of_a_stage() -> None:
+    v = arguments(OPS["rk_last_stage"], SHAPE, torch.float32)
+    y, ks = v["y"], [v["k0"], v["k1"]]
+
+    def call(lines: Any, x: Any = v["x"]) -> Any:
+        return ops.rk_last_stage(y, ks, lines, v["h"], x, v["out"], v["f"], v["q"])
+
+    for lines in ([], [(1.0,) * 3], [(1.0,) * 3] * 5):
+        refused("a", call, lines)
+    refused("x", call, [(1.0,) * 3] * 2, (1.0,))
 
 
 def test_number_of_combined_arrays() -> None:

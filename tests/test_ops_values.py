@@ -238,6 +238,10 @@ def test_nan_and_inf_stay_where_they_belong(op: Op, shape: tuple[int, ...], valu
                     assert result.isfinite().all(), (dtype, name, i)
 
 
+def name_of(op: Op) -> str:
+    return next(name for name, other in OPS.items() if other is op)
+
+
 def reaches(name: str, op: Op, result: int) -> bool:
     """Whether result number ``result`` of an op depends on the argument ``name``."""
     if len(op.sums) == 1:
@@ -246,8 +250,12 @@ def reaches(name: str, op: Op, result: int) -> bool:
         return True
     if op is OPS["combine"]:  # coefficient (m, k) is named cMK
         return name[0] == "a" or name[1] == str(result)
-    if op is OPS["rk_drift_stage"]:  # (slope, next state)
-        return result == 1 or name in ("x", "out", "f", "q")
+    if name_of(op).startswith(("rk_drift_stage", "rk_last_stage")):  # (slope, stages, sums)
+        if result == 0:
+            return name in ("x", "out", "f", "q") or ("x" not in op.arrays and "f" in op.coefficients)
+        return result < 3 or name not in ("y", "h") or "x" not in op.arrays
+    if name_of(op).startswith("rk_drift_error"):  # (sums, slope)
+        return result == 0 or (name in ("y1", "out", "f", "q") and not (name == "y1" and "f" not in op.coefficients))
     return result == 1 or name not in ("n", "z")  # (mean, next)
 
 

@@ -101,6 +101,8 @@ class Run:
     # -- the end
 
     def show(self, fraction: float) -> None:
+        if self.bar.disable:
+            return
         self.bar.set_postfix(nfe=self.nfe, refresh=False)
         self.bar.update(min(fraction, 1.0) - self.bar.n)
 
