@@ -335,9 +335,10 @@ def _drift_stage(
     name: str, y: Tensor, ks: Any, a: Any, states: int, h: Any, x: Any, out: Any, f: Any, q: Any, keep: bool
 ) -> Sequence[Tensor]:
     _state("y", y)
-    slopes, outs = [_array("ks", k, y) for k in ks], _array("out", out, y)
-    xs, at = _point(x, y)
+    outs, (xs, at) = _array("out", out, y), _point(x, y)
     hs, fs, qs = _number("h", h, y), None if f is None else _number("f", f, y), _number("q", q, y)
+    # Where no gradient can be asked for, the operator itself refuses slopes that do not go with y.
+    slopes = [_array("ks", k, y) for k in ks] if torch.is_grad_enabled() else list(ks)
     if _needs_reference(y, hs, xs, outs, fs, qs, *slopes):
         lines = a if name == "rk_last_stage" else a[0]
         k, *sums = getattr(reference, name)(y, slopes, lines, hs, at if xs is None else xs, outs, fs, qs)
