@@ -400,6 +400,13 @@ def rk_control(norm: Tensor, h: Tensor, after_rejection: Tensor, exponent: float
     return _op("rk_control", norm)(norm, h, after_rejection, exponent)
 
 
+def put(into: Tensor, values: Tensor, chosen: Tensor) -> None:
+    """Writes those samples of ``values`` into the contiguous array ``into`` that ``chosen``, bool ``(B,)`` or of one
+    element, is true for. Others are neither read nor written, as ``torch.where`` would. No gradients."""
+    _state("into", into)
+    _op("put", into)(into, _array("values", values, into), chosen)
+
+
 # ---- noise ----
 
 
@@ -473,6 +480,7 @@ def _register_fakes() -> None:
         )
     )
     fake("scoresde_ext::rk_control")(lambda norm, h, after_rejection, exponent: norm.new_empty((2, norm.shape[0])))
+    fake("scoresde_ext::put")(lambda into, values, chosen: None)
     fake("scoresde_ext::noise_normal")(lambda key, ids, draw, size: key.new_empty(size, dtype=torch.float32))
     fake("scoresde_ext::noise_uniform")(lambda key, ids, draw, size: key.new_empty(size, dtype=torch.float32))
     fake("scoresde_ext::noise_integers")(lambda key, ids, draw, size, high: key.new_empty(size))

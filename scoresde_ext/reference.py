@@ -182,6 +182,11 @@ def rk_control(norm: Tensor, h: Tensor, after_rejection: Tensor, exponent: float
     return torch.stack([accepted.to(h.dtype), h * factor])
 
 
+def put(into: Tensor, values: Tensor, chosen: Tensor) -> None:
+    """into = values in the samples that are chosen"""
+    into.copy_(torch.where(rows(chosen, into), values, into))
+
+
 # ---- counter-based noise ----
 
 _LOW = 0xFFFFFFFF

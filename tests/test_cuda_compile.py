@@ -29,6 +29,7 @@ MOST_REGISTERS = {
     "stage_kernel": 80,
     "error_kernel": 64,
     "noise_kernel": 32,
+    "put_kernel": 40,
     "sum_kernel": 32,
     "control_kernel": 48,
     "condition_kernel": 32,
@@ -43,12 +44,13 @@ ARRAYS = {
     "combine_kernel": (("array",), ("result",)),
     "stage_kernel": (("k", "y", "x", "out"), ("k_new", "result")),
     "error_kernel": (("k", "y0", "y1", "out"), ("k_new",)),
+    "put_kernel": (("values",), ("into",)),
     "noise_kernel": ((), ("values",)),
 }
 
 
-# The vector versions of kernels with several results, by their number: every thread keeps a chunk of each, 4 elements of
-# float32, and 8 of two bytes or as many registers of float64.
+# The vector versions of kernels with several results, by their number: every thread keeps a chunk of each, 4 elements
+# of float32, and 8 of two bytes or as many registers of float64.
 MOST_REGISTERS_BY_RESULTS = {
     "combine_kernel": {1: (48, 48), 2: (64, 80), 3: (64, 80), 4: (64, 104)},
     "stage_kernel": {1: (48, 64), 2: (48, 64), 3: (48, 80), 4: (48, 80)},

@@ -370,6 +370,20 @@ def test_control(shim: Shim) -> None:
             torch.testing.assert_close(result, reference.rk_control(norm, h, after, -1 / 5), rtol=1e-14, atol=0)
 
 
+@every_dtype
+@pytest.mark.parametrize("shift", [0, 1])
+def test_put(shift: int, dtype: torch.dtype, shim: Shim) -> None:
+    """Chosen rows; the others keep what the driver had put there."""
+    for shape in ((5, 1), (7, 3), (3, 1030), (300, 8)):
+        values = torch.randn(shape).to(dtype)
+        before = torch.full_like(values, 0).view(torch.uint8).fill_(0x5A).view(dtype)
+        for chosen in (torch.arange(shape[0]) % 3 == 1, torch.tensor([True]), torch.tensor([False])):
+            into, stride = torch.empty_like(values), int(len(chosen) > 1)
+            numbers = shim.shape(values) | {"chosen_stride": stride}
+            shim.set(shift=shift).run("put", {"into": into}, {"values": values, "chosen": chosen}, **numbers)
+            assert torch.equal(into, torch.where(chosen[:, None], values, before))
+
+
 @pytest.mark.parametrize("tiles", [0, 1, 2, 33, 255, 256, 257, 1000])
 def test_sums_of_tiles(tiles: int, shim: Shim) -> None:
     for rows in (1, 20):

@@ -250,6 +250,17 @@ def test_high(high: int) -> None:
     refused("high", ops.noise_integers, KEY, None, 0, SHAPE, high)
 
 
+def test_put_arguments() -> None:
+    into, chosen = torch.zeros(SHAPE), torch.ones(SHAPE[0], dtype=torch.bool)
+    refused("into", ops.put, into.int(), into, chosen)
+    refused("into", ops.put, torch.zeros(SHAPE[1], SHAPE[0]).T, into, chosen)
+    for bad in (into[:, 1:], into[1:], into.int(), None):
+        refused("values", ops.put, into, bad, chosen)
+    for bad in (chosen[1:], chosen.float(), chosen[:, None], chosen[:0]):
+        refused("chosen", ops.put, into, torch.ones(SHAPE), bad)
+    assert not into.any()
+
+
 def test_rk_control_arguments() -> None:
     norm, h, after = torch.ones(2).double(), torch.ones(2).double(), torch.tensor([True, False])
     for bad in (norm.float(), norm[None], norm.long(), norm[0], None):

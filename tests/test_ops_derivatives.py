@@ -84,6 +84,10 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
             (*slopes(2), [], [0.5], column(f32), *slopes(1), None, column(f32), 1e-3, 1e-3),
         ],
         "rk_control": [(column().abs(), column().abs(), torch.tensor([True, False, True]), -0.2)],
+        "put": [
+            (array(f32, False), array(f32, False), torch.tensor([True, False, True])),
+            (array(bf16, False), array(bf16, False), torch.tensor([True])),
+        ],
         "noise_normal": [(KEY, None, 0, [3, 5]), (KEY, IDS, 1, [3])],
         "noise_uniform": [(KEY, None, 0, [3, 5]), (KEY, IDS, 1, [3])],
         "noise_integers": [(KEY, None, 0, [3, 5], 7), (KEY, IDS, 1, [3], 2**32)],

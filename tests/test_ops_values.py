@@ -357,6 +357,21 @@ def test_combine_by_one_sample() -> None:
 # --- the step-size controller -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(5,), (4, 0), (3, 7), (3, 2, 1030), (2000, 3)], ids=str)
+def test_put(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Also of values in another memory format; what is not chosen stays, NaN beside it notwithstanding."""
+    old = torch.randn(shape).to(dtype)
+    new = torch.randn(shape).to(dtype).transpose(0, -1).contiguous().transpose(0, -1)
+    some = torch.arange(shape[0]) % 3 == 1
+    new[~some] = math.nan
+    for chosen in (some, torch.tensor([True]), torch.tensor([False])):
+        into, wanted = old.clone(), old.clone()
+        ops.put(into, new, chosen)
+        reference.put(wanted, new, chosen)
+        torch.testing.assert_close(into, wanted, rtol=0, atol=0, equal_nan=True)
+
+
 def test_rk_control() -> None:
     """scipy's rules, written out: accepted below 1; factor 0.9 norm^e within [0.2, 10]; no growth after a rejection."""
     norms = [0.0, 1e-300, 1e-9, 0.3, 0.59, 0.6, 1 - 1e-16, 1.0, 1 + 1e-15, 1.5, 1e3, 1e300, math.inf, math.nan]

@@ -607,6 +607,20 @@ void error_tiles(const ErrorArgs& args, int64_t begin, int64_t end) {
   }
 }
 
+template <class T>
+void put_tiles(const PutArgs& args, int64_t begin, int64_t end) {
+  const Tiling tiling(args.rows, args.cols);
+  for (int64_t i = begin; i < end; ++i) {
+    const Tile t = tile_at(tiling, i);
+    const int64_t n = t.n / t.rows;
+    for (int64_t r = 0; r < t.rows; ++r) {
+      const int64_t offset = t.offset + r * n;
+      if (!args.chosen[(t.row + r) * args.stride]) continue;
+      memcpy(static_cast<T*>(args.into) + offset, static_cast<const T*>(args.values) + offset, n * sizeof(T));
+    }
+  }
+}
+
 // ---- dispatch over the storage type ----
 
 #define SCORESDE_BY_DTYPE(function)                  \
@@ -630,6 +644,7 @@ inline const CpuKernels& kernels(const char* capability) {
                                 SCORESDE_BY_DTYPE(combine_tiles),
                                 SCORESDE_BY_DTYPE(stage_tiles),
                                 SCORESDE_BY_DTYPE(error_tiles),
+                                SCORESDE_BY_DTYPE(put_tiles),
                                 noise_tiles};
   return table;
 }

@@ -170,6 +170,13 @@ SCORESDE_KERNEL error_kernel(const __grid_constant__ ErrorArgs args) {
   });
 }
 
+template <class T, bool vector>
+SCORESDE_KERNEL put_kernel(const __grid_constant__ PutArgs args) {
+  for_each_chunk<T, vector>(args.rows, args.cols, [&](const Chunk& c) {
+    if (args.chosen[c.row * args.stride]) store<T, vector>(args.into, c, load<T, vector>(args.values, c));
+  });
+}
+
 template <Law law, bool vector>
 SCORESDE_KERNEL noise_kernel(const __grid_constant__ NoiseArgs args) {
   for_each_chunk<float, vector>(args.rows, args.cols, [&](const Chunk& c) {
@@ -343,6 +350,13 @@ int cuda_launch(const ErrorArgs& args, void* stream) {
   return with_type(args.dtype, [&](auto number) {
     using T = decltype(number);
     return launch_chunks<T>(error_kernel<T, true>, error_kernel<T, false>, arrays, args, stream);
+  });
+}
+
+int cuda_launch(const PutArgs& args, void* stream) {
+  return with_type(args.dtype, [&](auto number) {
+    using T = decltype(number);
+    return launch_chunks<T>(put_kernel<T, true>, put_kernel<T, false>, join(args.values, args.into), args, stream);
   });
 }
 

@@ -122,6 +122,16 @@ struct ErrorArgs {
   void* k_new;
 };
 
+// Rows of `values` in the place of those of `into`, where chosen[row * stride]. Others are neither read nor written.
+struct PutArgs {
+  DType dtype;
+  int64_t rows, cols;
+  const void* values;
+  const bool* chosen;
+  int64_t stride;
+  void* into;
+};
+
 enum class Law : int32_t { normal, uniform, integer };
 
 struct NoiseArgs {
@@ -178,6 +188,7 @@ struct CpuKernels {
   void (*combine)(const CombineArgs&, int64_t begin, int64_t end);
   void (*stage)(const StageArgs&, int64_t begin, int64_t end);
   void (*error)(const ErrorArgs&, int64_t begin, int64_t end);
+  void (*put)(const PutArgs&, int64_t begin, int64_t end);
   void (*noise)(const NoiseArgs&, int64_t begin, int64_t end);
 };
 
@@ -196,6 +207,7 @@ int cuda_launch(const ResidualArgs& args, void* stream);
 int cuda_launch(const CombineArgs& args, void* stream);
 int cuda_launch(const StageArgs& args, void* stream);
 int cuda_launch(const ErrorArgs& args, void* stream);
+int cuda_launch(const PutArgs& args, void* stream);
 int cuda_launch(const NoiseArgs& args, void* stream);
 int cuda_launch(const SumArgs& args, void* stream);
 int cuda_launch(const ControlArgs& args, void* stream);

@@ -550,6 +550,25 @@ Tensor rk_control(const Tensor& norm, const Tensor& h, const Tensor& after_rejec
   return result;
 }
 
+void put(const Tensor& into, const Tensor& values, const Tensor& chosen) {
+  const DType dtype = dtype_of(into, "into");
+  const Shape shape = shape_of(into, "into");
+  TORCH_CHECK_VALUE(into.is_contiguous(), "into: expected a contiguous tensor, got strides ", into.strides(), ".");
+  const Tensor held = Layout(into, "into", true).input(values, "values");
+  TORCH_CHECK_VALUE(chosen.scalar_type() == at::kBool && chosen.dim() == 1 && chosen.device() == into.device() &&
+                        (chosen.size(0) == 1 || chosen.size(0) == shape.rows),
+                    "chosen: expected a bool tensor of one element or (", shape.rows, ",) on ", into.device(), ", got ",
+                    chosen.scalar_type(), " ", chosen.sizes(), " on ", chosen.device(), ".");
+  const PutArgs args{dtype,
+                     shape.rows,
+                     shape.cols,
+                     held.const_data_ptr(),
+                     chosen.const_data_ptr<bool>(),
+                     chosen.size(0) == 1 ? 0 : chosen.stride(0),
+                     into.mutable_data_ptr()};
+  run(cpu_kernels().put, args, into.device());
+}
+
 // ---- noise ----
 
 Tensor run_noise(const Tensor& key, const OptTensor& ids, int64_t draw, at::IntArrayRef size, Law law, uint64_t high,
@@ -587,6 +606,7 @@ void implement(torch::Library& m) {
   m.impl("rk_error", &rk_error);
   m.impl("rk_drift_error", &rk_drift_error);
   m.impl("rk_control", &rk_control);
+  m.impl("put", &put);
   m.impl("noise_normal", &noise_normal);
   m.impl("noise_uniform", &noise_uniform);
   m.impl("noise_integers", &noise_integers);
@@ -617,6 +637,7 @@ TORCH_LIBRARY(scoresde_ext, m) {
   m.def(
       "rk_drift_error(Tensor y0, Tensor y1, Tensor[] ks, float[] e, Tensor h, Tensor out, Tensor? f, Tensor q, float "
       "rtol, float atol) -> (Tensor, Tensor)");
+  m.def("put(Tensor(a!) into, Tensor values, Tensor chosen) -> ()");
   m.def("rk_control(Tensor norm, Tensor h, Tensor after_rejection, float exponent) -> Tensor");
   m.def("noise_normal(Tensor key, Tensor? ids, int draw, SymInt[] size) -> Tensor");
   m.def("noise_uniform(Tensor key, Tensor? ids, int draw, SymInt[] size) -> Tensor");

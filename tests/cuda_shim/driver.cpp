@@ -156,6 +156,11 @@ int run(const std::string& kernel, const Call& call) {
     args.e_new = call.real("e_new"), args.k_new = call.array("k_new");
     return cuda_launch(args, nullptr);
   }
+  if (kernel == "put") {
+    return cuda_launch(PutArgs{call.dtype(), rows, cols, call.array("values"), call.array<bool>("chosen"),
+                               call.integer("chosen.stride"), call.array("into")},
+                       nullptr);
+  }
   if (kernel == "noise") {
     return cuda_launch(NoiseArgs{rows, cols, call.noise(), static_cast<Law>(call.integer("law")),
                                  static_cast<uint64_t>(call.integer("high")), call.array("values")},
