@@ -184,7 +184,7 @@ def rk_control(norm: Tensor, h: Tensor, after_rejection: Tensor, exponent: float
 
 def put(into: Tensor, values: Tensor, chosen: Tensor) -> None:
     """into = values in the samples that are chosen"""
-    into.copy_(torch.where(rows(chosen, into), values, into))
+    into.copy_(torch.where(chosen.reshape(-1, *[1] * (into.dim() - 1)), values, into))
 
 
 # ---- counter-based noise ----

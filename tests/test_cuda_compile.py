@@ -53,7 +53,7 @@ ARRAYS = {
 # of float32, and 8 of two bytes or as many registers of float64.
 MOST_REGISTERS_BY_RESULTS = {
     "combine_kernel": {1: (48, 48), 2: (64, 80), 3: (64, 80), 4: (64, 104)},
-    "stage_kernel": {1: (48, 64), 2: (48, 64), 3: (48, 80), 4: (48, 80)},
+    "stage_kernel": {1: (48, 64), 2: (48, 72), 3: (48, 80), 4: (48, 80)},
 }
 
 
@@ -142,8 +142,10 @@ def test_arrays_are_read_and_written_in_words_of_16_bytes(outputs: dict[str, str
         words = r"\.global(\.\w+)*\.(v4\.[fub]32|v2\.[fub]64|b128)\s"
         assert len(re.findall("ld" + words, code)) >= len(reads), kernel
         assert len(re.findall("st" + words, code)) >= len(writes), kernel
-        # Two bytes at a time are no coefficients, ids or sums: an array has been read or written element by element.
-        assert not re.search(r"(ld|st)\.global(\.\w+)*\.[usb](8|16)\s", code), kernel
+        # Two bytes at a time are no coefficients, ids or sums: an array has been read or written element by element. (A
+        # byte is, where rows are chosen.)
+        small = "16" if kernel.name == "put_kernel" else "(8|16)"
+        assert not re.search(rf"(ld|st)\.global(\.\w+)*\.[usb]{small}\s", code), kernel
 
 
 def test_sums_are_added_in_a_fixed_order(outputs: dict[str, str]) -> None:
