@@ -231,7 +231,7 @@ def kernel_cases(rows: int, cols: int, dtype: Any, device: str) -> dict[str, tup
         "perturbation": (lambda: ops.perturb(x, c, d, key), 2),
         "loss with gradient": (lambda: ops.score_loss(leaf, c, d, w, key), 2),
         "predictor update": (lambda: ops.affine_noise(x, out, c, d, w, key), 4),
-        "Runge-Kutta stage": (lambda: ops.rk_drift_stage(x, ks[:3], weights[:4], c, x, out, c, d), 7),
+        "Runge-Kutta stage": (lambda: ops.rk_drift_stage(x, ks[:3], weights[:4], c, weights[:3], out, c, d), 7),
         "error norm": (lambda: ops.rk_error(x, out, ks, weights, c, 1e-3, 1e-3), 7),
         "multistep update": (lambda: ops.combine([x, out, *ks[:3]], matrix), 7),
     }

@@ -12,6 +12,7 @@ class BuildInfo(TypedDict):
     cpu_capability: str
 
 def build_info() -> BuildInfo: ...
+def control_step(norm: float, h: float, after_rejection: bool, exponent: float) -> tuple[bool, float]: ...
 
 # Only in a build with CUDA:
 class DeviceLoop:

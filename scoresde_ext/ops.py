@@ -97,6 +97,11 @@ def _number(name: str, v: Any, x: Tensor) -> Tensor:
     return v
 
 
+def number(v: float | Tensor, x: Tensor) -> Tensor:
+    """A coefficient of several calls that go with ``x``, made once."""
+    return _number("v", v, x)
+
+
 def _matrix(c: Any, n_terms: int, x: Tensor) -> Tensor:
     """Coefficients of ``n_terms`` arrays as a tensor ``(M, n_terms)`` or ``(M, n_terms, B)``."""
     if not isinstance(c, Tensor):
@@ -315,22 +320,62 @@ def rk_drift_stage(
     ks: Sequence[Tensor],
     a: Sequence[float],
     h: Tensor | float,
-    x: Tensor,
+    x: Tensor | Sequence[float],
     out: Tensor,
-    f: Tensor | float,
+    f: Tensor | float | None,
     q: Tensor | float,
 ) -> tuple[Tensor, Tensor]:
     """The slope ``k = f x + q out`` of an evaluation at ``x`` and, in the same pass, the next stage ``y + h (sum_j a_j
     k_j + a_last k)``.
 
-    Returns ``(k, next stage)``; ``a`` has one entry more than ``ks``, for k.
+    Returns ``(k, next stage)``; ``a`` has one entry more than ``ks``, for k. ``x`` may also be given by its own
+    coefficients, ``y + h sum_j x_j k_j``: that is less to read and more to compute. ``f=None``: ``k = q out``.
     """
+    following, k = _drift_stage("rk_drift_stage", y, ks, (a,), 1, h, x, out, f, q, True)
+    return k, following
+
+
+def rk_last_stage(
+    y: Tensor,
+    ks: Sequence[Tensor],
+    a: Sequence[Sequence[float]],
+    h: Tensor | float,
+    x: Tensor | Sequence[float],
+    out: Tensor,
+    f: Tensor | float | None,
+    q: Tensor | float,
+    keep: bool = True,
+) -> tuple[Tensor, ...]:
+    """:func:`rk_drift_stage` for 2 to 4 lines ``a`` in one pass: k, the last stage, and the sums that end the step as
+    far as they are known: the new state, also with ``y + h``, and error estimates, without. Without ``keep`` k is not
+    among them."""
+    if len(a) < 2:
+        raise ValueError(f"a: expected 2 to 4 lines of coefficients, got {len(a)}.")
+    *sums, k = _drift_stage("rk_last_stage", y, ks, a, 2, h, x, out, f, q, keep)
+    return (k, *sums) if keep else (*sums, k)
+
+
+def _point(x: Any, y: Tensor) -> tuple[Tensor | None, Sequence[float]]:
+    """Where an evaluation was made: an array, or its coefficients."""
+    if isinstance(x, (tuple, list)) and all(isinstance(c, (int, float)) for c in x):
+        return None, x
+    return _array("x", x, y), ()
+
+
+def _drift_stage(
+    name: str, y: Tensor, ks: Any, a: Any, states: int, h: Any, x: Any, out: Any, f: Any, q: Any, keep: bool
+) -> Sequence[Tensor]:
     _state("y", y)
-    slopes, xs, outs = [_array("ks", k, y) for k in ks], _array("x", x, y), _array("out", out, y)
-    hs, fs, qs = _number("h", h, y), _number("f", f, y), _number("q", q, y)
+    outs, (xs, at) = _array("out", out, y), _point(x, y)
+    hs, fs, qs = _number("h", h, y), None if f is None else _number("f", f, y), _number("q", q, y)
+    # Where no gradient can be asked for, the operator itself refuses slopes that do not go with y.
+    slopes = [_array("ks", k, y) for k in ks] if torch.is_grad_enabled() else list(ks)
     if _needs_reference(y, hs, xs, outs, fs, qs, *slopes):
-        return reference.rk_drift_stage(y, slopes, a, hs, xs, outs, fs, qs)
-    return _op("rk_drift_stage", y)(y, slopes, a, hs, xs, outs, fs, qs)
+        lines = a if name == "rk_last_stage" else a[0]
+        k, *sums = getattr(reference, name)(y, slopes, lines, hs, at if xs is None else xs, outs, fs, qs)
+        return (*sums, k) if keep else sums
+    flat = [c for line in a for c in line]
+    return _op("rk_drift_stage", y)(y, slopes, flat, hs, xs, at, outs, fs, qs, states, keep)
 
 
 def rk_error(
@@ -343,6 +388,28 @@ def rk_error(
     if _needs_reference(y0, y1s, hs, *slopes):
         return reference.rk_error(y0, y1s, slopes, e, hs, rtol, atol)
     return _op("rk_error", y0)(y0, y1s, slopes, e, hs, rtol, atol)
+
+
+def rk_drift_error(
+    y0: Tensor,
+    y1: Tensor,
+    ks: Sequence[Tensor],
+    e: Sequence[float],
+    h: Tensor | float,
+    out: Tensor,
+    f: Tensor | float | None,
+    q: Tensor | float,
+    rtol: float,
+    atol: float,
+) -> tuple[Tensor, Tensor]:
+    """:func:`rk_error` with one more slope, ``k = f y1 + q out`` (``f=None``: ``q out``) of an evaluation at ``y1``,
+    whose coefficient is the last of ``e``. Returns also k."""
+    _state("y0", y0)
+    y1s, slopes, outs = _array("y1", y1, y0), [_array("ks", k, y0) for k in ks], _array("out", out, y0)
+    hs, fs, qs = _number("h", h, y0), None if f is None else _number("f", f, y0), _number("q", q, y0)
+    if _needs_reference(y0, y1s, hs, outs, fs, qs, *slopes):
+        return reference.rk_drift_error(y0, y1s, slopes, e, hs, outs, fs, qs, rtol, atol)
+    return _op("rk_drift_error", y0)(y0, y1s, slopes, e, hs, outs, fs, qs, rtol, atol)
 
 
 def rk_control(norm: Tensor, h: Tensor, after_rejection: Tensor, exponent: float) -> Tensor:
@@ -379,6 +446,13 @@ def marginal(u: Tensor, first: float, last: float, process: str, a: float, b: fl
     if process not in PROCESSES:
         raise ValueError(f"process: expected one of {', '.join(PROCESSES)}, got {process!r}.")
     return _op("marginal", u)(u, first, last, PROCESSES.index(process), a, b)
+
+
+def put(into: Tensor, values: Tensor, chosen: Tensor) -> None:
+    """Writes those samples of ``values`` into the contiguous array ``into`` that ``chosen``, bool ``(B,)`` or of one
+    element, is true for. Others are neither read nor written, as ``torch.where`` would. No gradients."""
+    _state("into", into)
+    _op("put", into)(into, _array("values", values, into), chosen)
 
 
 # ---- noise ----
@@ -451,12 +525,23 @@ def _register_fakes() -> None:
     fake("scoresde_ext::score_loss")(loss_fake)
     fake("scoresde_ext::combine")(lambda arrays, c: [torch.empty_like(arrays[0]) for _ in range(c.shape[0])])
     fake("scoresde_ext::rk_stage")(lambda y, ks, a, h: torch.empty_like(y))
-    fake("scoresde_ext::rk_drift_stage")(lambda y, ks, a, h, x, out, f, q: (torch.empty_like(y), torch.empty_like(y)))
+    fake("scoresde_ext::rk_drift_stage")(
+        lambda y, ks, a, h, x, at, out, f, q, states, keep: [
+            torch.empty_like(y) for _ in range(len(a) // (len(ks) + 1) + keep)
+        ]
+    )
     fake("scoresde_ext::rk_error")(
         lambda y0, y1, ks, e, h, rtol, atol: y0.new_empty((y0.shape[0],), dtype=torch.float64)
     )
+    fake("scoresde_ext::rk_drift_error")(
+        lambda y0, y1, ks, e, h, out, f, q, rtol, atol: (
+            y0.new_empty((y0.shape[0],), dtype=torch.float64),
+            torch.empty_like(y0),
+        )
+    )
     fake("scoresde_ext::rk_control")(lambda norm, h, after_rejection, exponent: norm.new_empty((2, norm.shape[0])))
     fake("scoresde_ext::marginal")(lambda u, first, last, process, a, b: tuple(u.new_empty(u.shape) for _ in range(3)))
+    fake("scoresde_ext::put")(lambda into, values, chosen: None)
     fake("scoresde_ext::noise_normal")(lambda key, ids, draw, size: key.new_empty(size, dtype=torch.float32))
     fake("scoresde_ext::noise_with_squares")(
         lambda key, ids, draw, size: (

@@ -99,19 +99,52 @@ def rk_stage(y: Tensor, ks: Sequence[Tensor], a: Sequence[float], h: Tensor | fl
     return y + rows(h, y) * total
 
 
+def slope_at(
+    y: Tensor,
+    ks: Sequence[Tensor],
+    h: Tensor | float,
+    x: Tensor | Sequence[float],
+    out: Tensor,
+    f: Tensor | float | None,
+    q: Tensor | float,
+) -> Tensor:
+    """f x + q out, without f q out. Coefficients for x: x = y + h sum_j x_j k_j."""
+    if f is None:
+        return rows(q, out) * out
+    return affine(x if isinstance(x, Tensor) else rk_stage(y, ks, x, h), out, f, q)
+
+
 def rk_drift_stage(
     y: Tensor,
     ks: Sequence[Tensor],
     a: Sequence[float],
     h: Tensor | float,
-    x: Tensor,
+    x: Tensor | Sequence[float],
     out: Tensor,
-    f: Tensor | float,
+    f: Tensor | float | None,
     q: Tensor | float,
 ) -> tuple[Tensor, Tensor]:
     """k = f x + q out; y + h (sum_j a_j k_j + a_last k)"""
-    k = affine(x, out, f, q)
+    k = slope_at(y, ks, h, x, out, f, q)
     return k, rk_stage(y, [*ks, k], a, h)
+
+
+def rk_last_stage(
+    y: Tensor,
+    ks: Sequence[Tensor],
+    a: Sequence[Sequence[float]],
+    h: Tensor | float,
+    x: Tensor | Sequence[float],
+    out: Tensor,
+    f: Tensor | float | None,
+    q: Tensor | float,
+) -> tuple[Tensor, ...]:
+    """k as above, then for each line of a: y + h (sum_j a_j k_j + a_last k) for the first two, the sum for others"""
+    slopes = [*ks, slope_at(y, ks, h, x, out, f, q)]
+    none = torch.zeros_like(y)
+    return slopes[-1], *(
+        rk_stage(y, slopes, c, h) if m < 2 else rk_stage(none, slopes, c, 1.0) for m, c in enumerate(a)
+    )
 
 
 def rk_error(
@@ -123,6 +156,23 @@ def rk_error(
     return scaled.double().square().reshape(len(y0), math.prod(y0.shape[1:])).sum(1)
 
 
+def rk_drift_error(
+    y0: Tensor,
+    y1: Tensor,
+    ks: Sequence[Tensor],
+    e: Sequence[float],
+    h: Tensor | float,
+    out: Tensor,
+    f: Tensor | float | None,
+    q: Tensor | float,
+    rtol: float,
+    atol: float,
+) -> tuple[Tensor, Tensor]:
+    """rk_error with one more slope, k = f y1 + q out; and that slope"""
+    k = slope_at(y1, (), h, y1, out, f, q)
+    return rk_error(y0, y1, [*ks, k], e, h, rtol, atol), k
+
+
 def rk_control(norm: Tensor, h: Tensor, after_rejection: Tensor, exponent: float) -> Tensor:
     """Rows: accepted (1 or 0); the next |h|. Factor 0.9 norm^exponent within [0.2, 10], at most 1 after a rejection."""
     factor = (0.9 * norm**exponent).clamp(0.2, 10.0).nan_to_num(0.2)
@@ -130,6 +180,11 @@ def rk_control(norm: Tensor, h: Tensor, after_rejection: Tensor, exponent: float
     factor = torch.where(accepted & after_rejection, factor.clamp(max=1.0), factor)
     factor = torch.where(accepted, factor, factor.clamp(max=0.9))
     return torch.stack([accepted.to(h.dtype), h * factor])
+
+
+def put(into: Tensor, values: Tensor, chosen: Tensor) -> None:
+    """into = values in the samples that are chosen"""
+    into.copy_(torch.where(chosen.reshape(-1, *[1] * (into.dim() - 1)), values, into))
 
 
 # ---- counter-based noise ----

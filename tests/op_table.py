@@ -69,6 +69,23 @@ def _combine(f: ModuleType, v: Arguments) -> tuple[Tensor, ...]:
 
 THIRDS = (1 / 3, 0.0, -4 / 3, 2 / 3)
 
+
+def _drift_stage(f: ModuleType, v: Arguments, x: Any, factor: Any) -> tuple[Tensor, ...]:
+    return f.rk_drift_stage(v["y"], _slopes(v), v["weights"], v["h"], x, v["out"], factor, v["q"])
+
+
+def _last_stage(f: ModuleType, v: Arguments, lines: int, x: Any) -> tuple[Tensor, ...]:
+    scaled = [tuple((m + 1) * w for w in v["weights"]) for m in range(lines)]
+    return f.rk_last_stage(v["y"], _slopes(v), scaled, v["h"], x, v["out"], v["f"], v["q"])
+
+
+def _drift_error(f: ModuleType, v: Arguments, factor: Any) -> tuple[Tensor, ...]:
+    slope = (v["out"], factor, v["q"])
+    return f.rk_drift_error(v["y0"], v["y1"], _slopes(v), v["weights"], v["h"], *slope, 1e-2, 1e-3)
+
+
+THREE_SLOPES = ("y", "k0", "k1", "k2")
+
 OPS = {
     "affine without out": Op(lambda f, v: (f.affine(v["x"], None, v["p"], None),), ("x",), ("p",)),
     "affine": Op(lambda f, v: (f.affine(v["x"], v["out"], v["p"], v["q"]),), ("x", "out"), ("p", "q")),
@@ -95,12 +112,36 @@ OPS = {
         ("y", "k0", "k1", "k2", "k3"), ("h",), weights=THIRDS,
     ),
     "rk_drift_stage": Op(
-        lambda f, v: f.rk_drift_stage(v["y"], _slopes(v), v["weights"], v["h"], v["x"], v["out"], v["f"], v["q"]),
-        ("y", "k0", "k1", "k2", "x", "out"), ("h", "f", "q"), weights=THIRDS, sums=(False, False),
+        lambda f, v: _drift_stage(f, v, v["x"], v["f"]),
+        (*THREE_SLOPES, "x", "out"), ("h", "f", "q"), weights=THIRDS, sums=(False, False),
+    ),
+    "rk_drift_stage at a computed point": Op(
+        lambda f, v: _drift_stage(f, v, v["weights"][:3], v["f"]),
+        (*THREE_SLOPES, "out"), ("h", "f", "q"), weights=THIRDS, sums=(False, False),
+    ),
+    "rk_drift_stage without f": Op(
+        lambda f, v: _drift_stage(f, v, (), None),
+        (*THREE_SLOPES, "out"), ("h", "q"), weights=THIRDS, sums=(False, False),
+    ),
+    "rk_last_stage": Op(
+        lambda f, v: _last_stage(f, v, 3, v["x"]),
+        (*THREE_SLOPES, "x", "out"), ("h", "f", "q"), weights=THIRDS, sums=(False,) * 4,
+    ),
+    "rk_last_stage of four lines at a computed point": Op(
+        lambda f, v: _last_stage(f, v, 4, v["weights"][:3]),
+        (*THREE_SLOPES, "out"), ("h", "f", "q"), weights=THIRDS, sums=(False,) * 5,
     ),
     "rk_error": Op(
         lambda f, v: (f.rk_error(v["y0"], v["y1"], _slopes(v), v["weights"], v["h"], 1e-2, 1e-3),),
         ("y0", "y1", "k0", "k1", "k2", "k3"), ("h",), weights=THIRDS, sums=(True,),
+    ),
+    "rk_drift_error": Op(
+        lambda f, v: _drift_error(f, v, v["f"]),
+        ("y0", "y1", "k0", "k1", "k2", "out"), ("h", "f", "q"), weights=THIRDS, sums=(True, False),
+    ),
+    "rk_drift_error without f": Op(
+        lambda f, v: _drift_error(f, v, None),
+        ("y0", "y1", "k0", "k1", "k2", "out"), ("h", "q"), weights=THIRDS, sums=(True, False),
     ),
 }  # fmt: skip
 

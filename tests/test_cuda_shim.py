@@ -166,23 +166,41 @@ class Shim:
         return tuple(results.values())
 
     def rk_stage(self, y, ks, a, h) -> Tensor:
-        after = torch.empty_like(y)
-        (given, strides), (slopes, weights) = self.coefficients(y, h=h), self.slopes("a", ks, a)
-        self.run("stage", {"y_next": after}, {"y": y, **given, **slopes}, **self.shape(y), **strides, **weights)
-        return after
+        return self.stage(y, ks, [(*a, 0.0)], 1, h, (), None, None, None, keep=False)[0]
 
     def rk_drift_stage(self, y, ks, a, h, x, out, f, q) -> tuple[Tensor, Tensor]:
-        slope, after = torch.empty_like(y), torch.empty_like(y)
-        (given, strides), (slopes, weights) = self.coefficients(y, h=h, f=f, q=q), self.slopes("a", ks, a[:-1])
-        arrays, numbers = {"y": y, "x": x, "out": out, **given, **slopes}, self.shape(y) | strides | weights
-        self.run("stage", {"k_new": slope, "y_next": after}, arrays, a_new=a[-1], **numbers)
-        return slope, after
+        return self.stage(y, ks, [a], 1, h, x, out, f, q)
+
+    def rk_last_stage(self, y, ks, a, h, x, out, f, q) -> tuple[Tensor, ...]:
+        return self.stage(y, ks, a, 2, h, x, out, f, q)
+
+    def stage(self, y, ks, a, states, h, x, out, f, q, keep=True) -> tuple[Tensor, ...]:
+        results = {"k_new": torch.empty_like(y)} if keep else {}
+        results |= {f"result{m}": torch.empty_like(y) for m in range(len(a))}
+        given, strides = self.coefficients(y, h=h, f=f, q=q)
+        at = () if isinstance(x, Tensor) else x
+        used = [j for j in range(len(ks)) if any(line[j] for line in a) or (at and at[j])]
+        arrays = {f"k{i}": ks[j] for i, j in enumerate(used)}
+        numbers = {f"at{i}": at[j] if at else 0.0 for i, j in enumerate(used)}
+        numbers |= {f"a{m}{i}": line[j] for m, line in enumerate(a) for i, j in enumerate(used)}
+        numbers |= {f"a{m}new": line[-1] for m, line in enumerate(a)}
+        numbers |= {"stages": len(used), "lines": len(a), "states": states}
+        arrays |= {"y": y, "x": x if isinstance(x, Tensor) else None, "out": out, **given}
+        self.run("stage", results, arrays, **self.shape(y), **strides, **numbers)
+        return tuple(results.values())
 
     def rk_error(self, y0, y1, ks, e, h, rtol, atol) -> Tensor:
+        return self.error(y0, y1, ks, (*e, 0.0), h, None, None, None, rtol, atol, {})
+
+    def rk_drift_error(self, y0, y1, ks, e, h, out, f, q, rtol, atol) -> tuple[Tensor, Tensor]:
+        slope = torch.empty_like(y0)
+        return self.error(y0, y1, ks, e, h, out, f, q, rtol, atol, {"k_new": slope}), slope
+
+    def error(self, y0, y1, ks, e, h, out, f, q, rtol, atol, results) -> Tensor:
         partials = torch.empty(len(y0), (y0[0].numel() + TILE - 1) // TILE, dtype=torch.float64)
-        (given, strides), (slopes, weights) = self.coefficients(y0, h=h), self.slopes("e", ks, e)
-        arrays, numbers = {"y0": y0, "y1": y1, **given, **slopes}, self.shape(y0) | strides | weights
-        self.run("error", {"partials": partials}, arrays, rtol=rtol, atol=atol, **numbers)
+        (given, strides), (slopes, weights) = self.coefficients(y0, h=h, f=f, q=q), self.slopes("e", ks, e[:-1])
+        arrays, numbers = {"y0": y0, "y1": y1, "out": out, **given, **slopes}, self.shape(y0) | strides | weights
+        self.run("error", {"partials": partials} | results, arrays, rtol=rtol, atol=atol, e_new=e[-1], **numbers)
         return self.sums(partials, torch.float64)
 
     def rk_control(self, norm, h, after_rejection, exponent) -> Tensor:
@@ -369,6 +387,20 @@ def test_marginals(dtype: torch.dtype, shim: Shim) -> None:
                 results = shim.set(largest_grid=largest_grid).marginal(u, 1e-5, 1.0, process, a, b)
                 for one, other in zip(results, ops.marginal(u, 1e-5, 1.0, process, a, b), strict=True):
                     torch.testing.assert_close(one, other, rtol=4 * torch.finfo(dtype).eps, atol=0)
+
+
+@every_dtype
+@pytest.mark.parametrize("shift", [0, 1])
+def test_put(shift: int, dtype: torch.dtype, shim: Shim) -> None:
+    """Chosen rows; the others keep what the driver had put there."""
+    for shape in ((5, 1), (7, 3), (3, 1030), (300, 8)):
+        values = torch.randn(shape).to(dtype)
+        before = torch.full_like(values, 0).view(torch.uint8).fill_(0x5A).view(dtype)
+        for chosen in (torch.arange(shape[0]) % 3 == 1, torch.tensor([True]), torch.tensor([False])):
+            into, stride = torch.empty_like(values), int(len(chosen) > 1)
+            numbers = shim.shape(values) | {"chosen_stride": stride}
+            shim.set(shift=shift).run("put", {"into": into}, {"values": values, "chosen": chosen}, **numbers)
+            assert torch.equal(into, torch.where(chosen[:, None], values, before))
 
 
 @pytest.mark.parametrize("tiles", [0, 1, 2, 33, 255, 256, 257, 1000])

@@ -167,7 +167,7 @@ def test_passes_over_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flow, "network", lambda x, t: out)
     with torch.no_grad(), Passes((4, 3)) as passes:
         run.step()
-    assert passes.count == 59
+    assert passes.count == 45
 
 
 KINDS = [("vp", True), ("vp", False), ("ve", True), ("ve", False), ("subvp", True)]

@@ -73,8 +73,8 @@ def rows() -> list[Any]:
             )
         for name in op.coefficients if op_name != "combine" else ():  # takes them as one tensor
             for problem, spoil in BAD_COEFFICIENTS.items():
-                # score_loss takes None for c and d
-                if not (name in "cd" and problem == "None"):
+                # score_loss takes None for c and d, the Runge-Kutta stages for f
+                if not (name in "cdf" and problem == "None"):
                     table.append(pytest.param(op_name, name, spoil, id=f"{op_name}-{name}-{problem}"))
     return table
 
@@ -152,14 +152,26 @@ def test_coefficients_that_require_gradients(op_name: str, problem: str) -> None
             refused(name, ops_call(op_name), v | {name: BAD_COEFFICIENTS[problem](v[name]).requires_grad_()})
 
 
-@pytest.mark.parametrize("name", ["rk_stage", "rk_drift_stage", "rk_error"])
+@pytest.mark.parametrize("name", ["rk_stage", "rk_drift_stage", "rk_last_stage", "rk_error", "rk_drift_error"])
 def test_weights_of_slopes(name: str) -> None:
     op = OPS[name]
     v = arguments(op, SHAPE, torch.float32)
     for weights in ((1.0,) * 3, (1.0,) * 5, ()):
-        refused("e" if name == "rk_error" else "a", op.call, ops, v | {"weights": weights})
+        refused("e" if "error" in name else "a", op.call, ops, v | {"weights": weights})
     many = {f"k{i}": v["k0"] for i in range(17)}
-    refused("ks", op.call, ops, v | many | {"weights": (1.0,) * (18 if name == "rk_drift_stage" else 17)})
+    refused("ks", op.call, ops, v | many | {"weights": (1.0,) * (17 if name in ("rk_stage", "rk_error") else 18)})
+
+
+def test_lines_of_a_stage() -> None:
+    v = arguments(OPS["rk_last_stage"], SHAPE, torch.float32)
+    y, ks = v["y"], [v["k0"], v["k1"]]
+
+    def call(lines: Any, x: Any = v["x"]) -> Any:
+        return ops.rk_last_stage(y, ks, lines, v["h"], x, v["out"], v["f"], v["q"])
+
+    for lines in ([], [(1.0,) * 3], [(1.0,) * 3] * 5):
+        refused("a", call, lines)
+    refused("x", call, [(1.0,) * 3] * 2, (1.0,))
 
 
 def test_number_of_combined_arrays() -> None:
@@ -236,6 +248,17 @@ def test_generated_noise(generate: Callable[..., Tensor]) -> None:
 @pytest.mark.parametrize("high", [0, -5, 2**32 + 1, 2**62])
 def test_high(high: int) -> None:
     refused("high", ops.noise_integers, KEY, None, 0, SHAPE, high)
+
+
+def test_put_arguments() -> None:
+    into, chosen = torch.zeros(SHAPE), torch.ones(SHAPE[0], dtype=torch.bool)
+    refused("into", ops.put, into.int(), into, chosen)
+    refused("into", ops.put, torch.zeros(SHAPE[1], SHAPE[0]).T, into, chosen)
+    for bad in (into[:, 1:], into[1:], into.int(), None):
+        refused("values", ops.put, into, bad, chosen)
+    for bad in (chosen[1:], chosen.float(), chosen[:, None], chosen[:0]):
+        refused("chosen", ops.put, into, torch.ones(SHAPE), bad)
+    assert not into.any()
 
 
 def test_rk_control_arguments() -> None:

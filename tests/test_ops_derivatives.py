@@ -37,6 +37,7 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
     def slopes(n: int) -> list[Tensor]:
         return [array(f32, False) for _ in range(n)]
 
+    stage = (array(f32, False), slopes(1), [0.5, 2.0, 1.0, -1.0], column(f32, 1))
     return {
         "affine": [
             (array(), None, column(), None),
@@ -73,11 +74,21 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
             (array(bf16, False), [], [], column(f32, 1)),
         ],
         "rk_drift_stage": [
-            (array(f32, False), slopes(1), [0.5, 2.0], column(f32, 1), *slopes(2), column(f32), column(f32))
+            (*stage, slopes(1)[0], [], *slopes(1), column(f32), column(f32), 1, True),
+            (*stage, None, [0.25], *slopes(1), column(f32), column(f32), 1, False),
+            (*stage, None, [], *slopes(1), None, column(f32, 1), 0, True),
         ],
         "rk_error": [(array(f32, False), array(f32, False), slopes(2), [0.5, -1.0], column(f32, 1), 1e-3, 1e-3)],
+        "rk_drift_error": [
+            (*slopes(2), slopes(1), [0.5, -1.0], column(f32, 1), *slopes(1), column(f32), column(f32), 1e-3, 1e-3),
+            (*slopes(2), [], [0.5], column(f32), *slopes(1), None, column(f32), 1e-3, 1e-3),
+        ],
         "rk_control": [(column().abs(), column().abs(), torch.tensor([True, False, True]), -0.2)],
         "marginal": [(torch.rand(5), 1e-5, 1.0, 0, 0.1, 20.0), (torch.rand(5).double(), 0.0, 1.0, 2, 0.01, 50.0)],
+        "put": [
+            (array(f32, False), array(f32, False), torch.tensor([True, False, True])),
+            (array(bf16, False), array(bf16, False), torch.tensor([True])),
+        ],
         "noise_normal": [(KEY, None, 0, [3, 5]), (KEY, IDS, 1, [3])],
         "noise_with_squares": [(KEY, None, 0, [3, 5]), (KEY, IDS, 1, [3])],
         "noise_uniform": [(KEY, None, 0, [3, 5]), (KEY, IDS, 1, [3])],

@@ -298,6 +298,10 @@ def test_nan_and_inf_stay_where_they_belong(op: Op, shape: tuple[int, ...], valu
                     assert result.isfinite().all(), (dtype, name, i)
 
 
+def name_of(op: Op) -> str:
+    return next(name for name, other in OPS.items() if other is op)
+
+
 def reaches(name: str, op: Op, result: int) -> bool:
     """Whether result number ``result`` of an op depends on the argument ``name``."""
     if len(op.sums) == 1:
@@ -306,8 +310,12 @@ def reaches(name: str, op: Op, result: int) -> bool:
         return True
     if op is OPS["combine"]:  # coefficient (m, k) is named cMK
         return name[0] == "a" or name[1] == str(result)
-    if op is OPS["rk_drift_stage"]:  # (slope, next state)
-        return result == 1 or name in ("x", "out", "f", "q")
+    if name_of(op).startswith(("rk_drift_stage", "rk_last_stage")):  # (slope, stages, sums)
+        if result == 0:
+            return name in ("x", "out", "f", "q") or ("x" not in op.arrays and "f" in op.coefficients)
+        return result < 3 or name not in ("y", "h") or "x" not in op.arrays
+    if name_of(op).startswith("rk_drift_error"):  # (sums, slope)
+        return result == 0 or (name in ("y1", "out", "f", "q") and not (name == "y1" and "f" not in op.coefficients))
     return result == 1 or name not in ("n", "z")  # (mean, next)
 
 
@@ -457,6 +465,21 @@ def test_combine_by_one_sample() -> None:
 
 
 # --- the step-size controller -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(5,), (4, 0), (3, 7), (3, 2, 1030), (2000, 3)], ids=str)
+def test_put(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Also of values in another memory format; what is not chosen stays, NaN beside it notwithstanding."""
+    old = torch.randn(shape).to(dtype)
+    new = torch.randn(shape).to(dtype).transpose(0, -1).contiguous().transpose(0, -1)
+    some = torch.arange(shape[0]) % 3 == 1
+    new[~some] = math.nan
+    for chosen in (some, torch.tensor([True]), torch.tensor([False])):
+        into, wanted = old.clone(), old.clone()
+        ops.put(into, new, chosen)
+        reference.put(wanted, new, chosen)
+        torch.testing.assert_close(into, wanted, rtol=0, atol=0, equal_nan=True)
 
 
 def test_rk_control() -> None:

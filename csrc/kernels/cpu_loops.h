@@ -504,60 +504,146 @@ void combine_tiles(const CombineArgs& args, int64_t begin, int64_t end) {
   }
 }
 
-// sum += a_1 k_1 + ... + a_n k_n over a tile, one pass for all
-template <int n, class T, class A>
-__attribute__((noinline)) void add_slopes(const void* const* k, const double* a, const Tile& t, A* __restrict sum) {
-  const T* from[n];
-  A factor[n];
-  for (int s = 0; s < n; ++s) {
-    from[s] = static_cast<const T*>(k[s]) + t.offset;
-    factor[s] = static_cast<A>(a[s]);
-  }
-  for (int64_t j = 0; j < t.n; ++j) {
-    A total = sum[j];
-    for (int s = 0; s < n; ++s) total += factor[s] * static_cast<A>(widen(from[s][j]));
-    sum[j] = total;
+// Slopes over a tile with their coefficients.
+template <class A>
+struct Slopes {
+  int32_t n = 0;
+  const A* k[max_stages + 1];
+  double c[max_stages + 1];
+};
+
+// result[j] = finish(j, c_1 k_1[j] + ... + c_n k_n[j]), summed in type W; `begun`: the sum goes on from sum[j].
+template <int n, bool begun, class W, class A, class Finish, class R>
+__attribute__((noinline)) void sum_slopes(const A* const* k, const double* c, const W* sum, int64_t size, Finish finish,
+                                          R* __restrict result) {
+  W factor[n];
+  for (int s = 0; s < n; ++s) factor[s] = static_cast<W>(c[s]);
+  for (int64_t j = 0; j < size; ++j) {
+    W total = factor[0] * static_cast<W>(k[0][j]);
+    if constexpr (begun) total = sum[j] + total;
+    for (int s = 1; s < n; ++s) total += factor[s] * static_cast<W>(k[s][j]);
+    result[j] = finish(j, total);
   }
 }
 
-// sum_j a_j k_j over a tile
-template <class T, class A, int most = group>
-void sum_slopes(const void* const* k, const double* a, int32_t stages, const Tile& t, A* sum) {
-  if constexpr (most == group) {
-    for (int64_t j = 0; j < t.n; ++j) sum[j] = 0;
-    for (; stages > group; stages -= group, k += group, a += group) add_slopes<group, T>(k, a, t, sum);
+// The same for any number of slopes, in one pass up to `group` of them. A pass adds at least one.
+template <class W, int most = group, class A, class Finish, class R>
+void with_slopes(const Slopes<A>& slopes, int64_t size, Scratch<W>& sum, Finish finish, R* result) {
+  if constexpr (most > 1) {
+    if (slopes.n < most) return with_slopes<W, most - 1>(slopes, size, sum, finish, result);
   }
-  if (stages == most) return add_slopes<most, T>(k, a, t, sum);
-  if constexpr (most > 1) sum_slopes<T, A, most - 1>(k, a, stages, t, sum);
+  if (slopes.n <= 0) {
+    for (int64_t j = 0; j < size; ++j) result[j] = finish(j, W{0});
+  } else if (slopes.n == most) {
+    sum_slopes<most, false>(slopes.k, slopes.c, sum.values, size, finish, result);
+  } else {
+    const auto keep = [](int64_t, W total) { return total; };
+    int32_t i = group;
+    sum_slopes<group, false>(slopes.k, slopes.c, sum.values, size, keep, sum.values);
+    for (; i < slopes.n - 1; ++i) {
+      sum_slopes<1, true>(slopes.k + i, slopes.c + i, sum.values, size, keep, sum.values);
+    }
+    sum_slopes<1, true>(slopes.k + i, slopes.c + i, sum.values, size, finish, result);
+  }
+}
+
+// The sums that end a step, in one pass: two states y + h sum and one sum alone, with the coefficients c[0], c[1],
+// c[2].
+template <int n, class A, class H>
+__attribute__((noinline)) void last_sums(const A* const* k, const double (&c)[3][max_stages + 1], const A* y, H h,
+                                         int64_t size, A* __restrict stage, A* __restrict state, A* __restrict error) {
+  A factor[3][n];
+  for (int m = 0; m < 3; ++m) {
+    for (int s = 0; s < n; ++s) factor[m][s] = static_cast<A>(c[m][s]);
+  }
+  for (int64_t j = 0; j < size; ++j) {
+    A sums[3] = {factor[0][0] * k[0][j], factor[1][0] * k[0][j], factor[2][0] * k[0][j]};
+    for (int s = 1; s < n; ++s) {
+      const A slope = k[s][j];
+      for (int m = 0; m < 3; ++m) sums[m] += factor[m][s] * slope;
+    }
+    stage[j] = affine_next<A>(y[j], sums[0], h[j]);
+    state[j] = affine_next<A>(y[j], sums[1], h[j]);
+    error[j] = sums[2];
+  }
+}
+
+template <int most = group, class... Arguments>
+void with_last_sums(int32_t n, Arguments&&... arguments) {
+  if constexpr (most > 1) {
+    if (n < most) return with_last_sums<most - 1>(n, arguments...);
+  }
+  last_sums<most>(arguments...);
+}
+
+// The slope f x + q out over a tile, or q out without x.
+template <class A>
+void drift_tile(const A* x, const A* out, Coefficient f, Coefficient q, const Tile& t, int64_t cols, A* slope) {
+  with_coefficient<A>(q, t, cols, [&](auto q) {
+    if (!x) {
+      for (int64_t j = 0; j < t.n; ++j) slope[j] = q[j] * out[j];
+      return;
+    }
+    with_coefficient<A>(f, t, cols, [&](auto f) {
+      for (int64_t j = 0; j < t.n; ++j) slope[j] = affine_mean<A>(x[j], out[j], f[j], q[j]);
+    });
+  });
 }
 
 template <class T>
 void stage_tiles(const StageArgs& args, int64_t begin, int64_t end) {
   using A = compute_t<T>;
   const Tiling tiling(args.rows, args.cols);
-  Scratch<A> sum, scratch_x, scratch_out, scratch_k, scratch_y, scratch_next;
+  Scratch<A> sum, scratch_x, scratch_out, scratch_new, scratch_y, scratch_result[3], scratch_k[max_stages];
   for (int64_t i = begin; i < end; ++i) {
     const Tile t = tile_at(tiling, i);
-    sum_slopes<T, A>(args.k, args.a, args.stages, t, sum.values);
-    if (args.k_new) {
-      const A* x = load<T>(args.x, t, scratch_x);
-      const A* out = load<T>(args.out, t, scratch_out);
-      A* k_new = target<T>(args.k_new, t, scratch_k);
-      with_coefficient<A>(args.f, t, args.cols, [&](auto f) {
-        with_coefficient<A>(args.q, t, args.cols, [&](auto q) {
-          for (int64_t j = 0; j < t.n; ++j) k_new[j] = affine_mean<A>(x[j], out[j], f[j], q[j]);
-        });
-      });
-      const A a_new = static_cast<A>(args.a_new);
-      for (int64_t j = 0; j < t.n; ++j) sum.values[j] += a_new * k_new[j];
-      store<T>(args.k_new, t, k_new);
-    }
     const A* y = load<T>(args.y, t, scratch_y);
-    A* next = target<T>(args.y_next, t, scratch_next);
-    with_coefficient<A>(args.h, t, args.cols, [&](auto h) {
-      for (int64_t j = 0; j < t.n; ++j) next[j] = affine_next<A>(y[j], sum.values[j], h[j]);
-    });
-    store<T>(args.y_next, t, next);
+    Slopes<A> slopes;
+    for (; slopes.n < args.stages; ++slopes.n) slopes.k[slopes.n] = load<T>(args.k[slopes.n], t, scratch_k[slopes.n]);
+    const auto next = [&](const double* c, A* result) {
+      std::memcpy(slopes.c, c, sizeof(double) * args.stages);
+      with_coefficient<A>(args.h, t, args.cols, [&](auto h) {
+        const auto step = [y, h](int64_t j, A total) { return affine_next<A>(y[j], total, h[j]); };
+        with_slopes<A>(slopes, t.n, sum, step, result);
+      });
+    };
+    A* k_new = nullptr;
+    if (args.out) {
+      const A* x = args.f.data && args.x ? load<T>(args.x, t, scratch_x) : nullptr;
+      if (args.f.data && !args.x) {
+        next(args.at, scratch_x.values);
+        x = scratch_x.values;
+      }
+      k_new = target<T>(args.k_new, t, scratch_new);
+      drift_tile(x, load<T>(args.out, t, scratch_out), args.f, args.q, t, args.cols, k_new);
+      if (args.k_new) store<T>(args.k_new, t, k_new);
+      slopes.k[slopes.n++] = k_new;
+    }
+    if (args.lines == 3 && args.states == 2 && slopes.n >= 1 && slopes.n <= group) {
+      A* results[3];
+      double c[3][max_stages + 1];
+      for (int m = 0; m < 3; ++m) {
+        results[m] = target<T>(args.results[m], t, scratch_result[m]);
+        std::memcpy(c[m], args.a[m], sizeof(double) * args.stages);
+        c[m][args.stages] = args.a_new[m];
+      }
+      with_coefficient<A>(args.h, t, args.cols, [&](auto h) {
+        with_last_sums(slopes.n, slopes.k, c, y, h, t.n, results[0], results[1], results[2]);
+      });
+      for (int m = 0; m < 3; ++m) store<T>(args.results[m], t, results[m]);
+      continue;
+    }
+    for (int32_t m = 0; m < args.lines; ++m) {
+      A* result = target<T>(args.results[m], t, scratch_result[0]);
+      slopes.c[args.stages] = args.a_new[m];
+      if (m < args.states) {
+        next(args.a[m], result);
+      } else {
+        std::memcpy(slopes.c, args.a[m], sizeof(double) * args.stages);
+        with_slopes<A>(slopes, t.n, sum, [](int64_t, A total) { return total; }, result);
+      }
+      store<T>(args.results[m], t, result);
+    }
   }
 }
 
@@ -567,18 +653,44 @@ void error_tiles(const ErrorArgs& args, int64_t begin, int64_t end) {
   const Tiling tiling(args.rows, args.cols);
   const A rtol = static_cast<A>(args.rtol), atol = static_cast<A>(args.atol);
   Scratch<double> sum;
-  Scratch<A> scaled, scratch0, scratch1;
+  Scratch<A> scaled, scratch0, scratch1, scratch_out, scratch_new, scratch_k[max_stages];
   for (int64_t i = begin; i < end; ++i) {
     const Tile t = tile_at(tiling, i);
-    sum_slopes<T, double>(args.k, args.e, args.stages, t, sum.values);
     const A* y0 = load<T>(args.y0, t, scratch0);
     const A* y1 = load<T>(args.y1, t, scratch1);
+    Slopes<A> slopes;
+    for (; slopes.n < args.stages; ++slopes.n) {
+      slopes.k[slopes.n] = load<T>(args.k[slopes.n], t, scratch_k[slopes.n]);
+      slopes.c[slopes.n] = args.e[slopes.n];
+    }
+    if (args.out) {
+      A* k_new = target<T>(args.k_new, t, scratch_new);
+      const A* out = load<T>(args.out, t, scratch_out);
+      drift_tile(args.f.data ? y1 : nullptr, out, args.f, args.q, t, args.cols, k_new);
+      store<T>(args.k_new, t, k_new);
+      slopes.k[slopes.n] = k_new, slopes.c[slopes.n++] = args.e_new;
+    }
     with_coefficient<A>(args.h, t, args.cols, [&](auto h) {
-      for (int64_t j = 0; j < t.n; ++j) {
-        scaled.values[j] = scaled_error<A>(h[j] * static_cast<A>(sum.values[j]), y0[j], y1[j], rtol, atol);
-      }
+      const auto scale = [=](int64_t j, double total) {
+        return scaled_error<A>(h[j] * static_cast<A>(total), y0[j], y1[j], rtol, atol);
+      };
+      with_slopes<double>(slopes, t.n, sum, scale, scaled.values);
     });
     row_sums(scaled.values, t, args.cols, args.partials);
+  }
+}
+
+template <class T>
+void put_tiles(const PutArgs& args, int64_t begin, int64_t end) {
+  const Tiling tiling(args.rows, args.cols);
+  for (int64_t i = begin; i < end; ++i) {
+    const Tile t = tile_at(tiling, i);
+    const int64_t n = t.n / t.rows;
+    for (int64_t r = 0; r < t.rows; ++r) {
+      const int64_t offset = t.offset + r * n;
+      if (!args.chosen[(t.row + r) * args.stride]) continue;
+      memcpy(static_cast<T*>(args.into) + offset, static_cast<const T*>(args.values) + offset, n * sizeof(T));
+    }
   }
 }
 
@@ -605,6 +717,7 @@ inline const CpuKernels& kernels(const char* capability) {
                                 SCORESDE_BY_DTYPE(combine_tiles),
                                 SCORESDE_BY_DTYPE(stage_tiles),
                                 SCORESDE_BY_DTYPE(error_tiles),
+                                SCORESDE_BY_DTYPE(put_tiles),
                                 noise_tiles,
                                 marginal_rows};
   return table;

@@ -89,38 +89,60 @@ SCORESDE_KERNEL combine_kernel(const __grid_constant__ CombineArgs args) {
   });
 }
 
-// sum = sum_j a_j k_j, added in type A
-template <class T, bool vector, class A>
-__device__ __forceinline__ void sum_slopes(const void* const* k, const double* a, int32_t stages, const Chunk& c,
-                                           A (&sum)[chunk_size<T>]) {
-  for (int i = 0; i < chunk_size<T>; ++i) sum[i] = 0;
-  for (int32_t s = 0; s < stages; ++s) {
-    const Values<T> slope = load<T, vector>(k[s], c);
-    const A weight = static_cast<A>(a[s]);
-    for (int i = 0; i < chunk_size<T>; ++i) sum[i] += weight * slope[i];
+// The slope f x + q out of a chunk, or q out without f.
+template <class T, bool vector>
+__device__ __forceinline__ Values<T> drift_of(const Values<T>& x, const void* out, Coefficient f, Coefficient q,
+                                              const Chunk& c) {
+  using A = compute_t<T>;
+  Values<T> slope = load<T, vector>(out, c);
+  const A factor = at_row<A>(q, c.row);
+  if (f.data) {
+    const A of_x = at_row<A>(f, c.row);
+    for (int i = 0; i < chunk_size<T>; ++i) slope[i] = affine_mean(x[i], slope[i], of_x, factor);
+  } else {
+    for (int i = 0; i < chunk_size<T>; ++i) slope[i] = factor * slope[i];
   }
+  return slope;
 }
 
-template <class T, bool vector>
+template <class T, bool vector, int lines>
 SCORESDE_KERNEL stage_kernel(const __grid_constant__ StageArgs args) {
   using A = compute_t<T>;
   for_each_chunk<T, vector>(args.rows, args.cols, [&](const Chunk& c) {
-    Values<T> sum;
-    sum_slopes<T, vector>(args.k, args.a, args.stages, c, sum.v);
+    Values<T> sums[lines] = {}, x = {};
+    const bool with_x = args.out && args.f.data;
+    for (int32_t s = 0; s < args.stages; ++s) {
+      const Values<T> slope = load<T, vector>(args.k[s], c);
+      for (int m = 0; m < lines; ++m) {
+        const A weight = static_cast<A>(args.a[m][s]);
+        for (int i = 0; i < chunk_size<T>; ++i) sums[m][i] += weight * slope[i];
+      }
+      if (with_x && !args.x) {
+        const A weight = static_cast<A>(args.at[s]);
+        for (int i = 0; i < chunk_size<T>; ++i) x[i] += weight * slope[i];
+      }
+    }
     const Values<T> y = load<T, vector>(args.y, c);
     const A h = at_row<A>(args.h, c.row);
-    if (args.k_new) {
-      Values<T> slope = load<T, vector>(args.x, c);
-      const Values<T> out = load<T, vector>(args.out, c);
-      const A f = at_row<A>(args.f, c.row), q = at_row<A>(args.q, c.row), weight = static_cast<A>(args.a_new);
-      for (int i = 0; i < chunk_size<T>; ++i) {
-        slope[i] = affine_mean(slope[i], out[i], f, q);
-        sum[i] += weight * slope[i];
+    if (args.out) {
+      if (with_x && args.x) {
+        x = load<T, vector>(args.x, c);
+      } else {
+        for (int i = 0; i < chunk_size<T>; ++i) x[i] = affine_next(y[i], x[i], h);
       }
-      store<T, vector>(args.k_new, c, slope);
+      const Values<T> slope = drift_of<T, vector>(x, args.out, args.f, args.q, c);
+      for (int m = 0; m < lines; ++m) {
+        const A weight = static_cast<A>(args.a_new[m]);
+        for (int i = 0; i < chunk_size<T>; ++i) sums[m][i] += weight * slope[i];
+      }
+      if (args.k_new) store<T, vector>(args.k_new, c, slope);
     }
-    for (int i = 0; i < chunk_size<T>; ++i) sum[i] = affine_next(y[i], sum[i], h);
-    store<T, vector>(args.y_next, c, sum);
+    for (int m = 0; m < lines; ++m) {
+      if (m < args.states) {
+        for (int i = 0; i < chunk_size<T>; ++i) sums[m][i] = affine_next(y[i], sums[m][i], h);
+      }
+      store<T, vector>(args.results[m], c, sums[m]);
+    }
   });
 }
 
@@ -128,15 +150,30 @@ template <class T, bool vector>
 SCORESDE_KERNEL error_kernel(const __grid_constant__ ErrorArgs args) {
   using A = compute_t<T>;
   sum_tiles<T, vector>(args.rows, args.cols, args.partials, [&](const Chunk& c) {
-    double sum[chunk_size<T>];
-    sum_slopes<T, vector>(args.k, args.e, args.stages, c, sum);
+    double sum[chunk_size<T>] = {};
+    for (int32_t s = 0; s < args.stages; ++s) {
+      const Values<T> slope = load<T, vector>(args.k[s], c);
+      for (int i = 0; i < chunk_size<T>; ++i) sum[i] += args.e[s] * slope[i];
+    }
     Values<T> error;
     const Values<T> y0 = load<T, vector>(args.y0, c), y1 = load<T, vector>(args.y1, c);
+    if (args.out) {
+      const Values<T> slope = drift_of<T, vector>(y1, args.out, args.f, args.q, c);
+      for (int i = 0; i < chunk_size<T>; ++i) sum[i] += args.e_new * slope[i];
+      store<T, vector>(args.k_new, c, slope);
+    }
     const A h = at_row<A>(args.h, c.row), rtol = static_cast<A>(args.rtol), atol = static_cast<A>(args.atol);
     for (int i = 0; i < chunk_size<T>; ++i) {
       error[i] = scaled_error(h * static_cast<A>(sum[i]), y0[i], y1[i], rtol, atol);
     }
     return sum_of_squares(error, c);
+  });
+}
+
+template <class T, bool vector>
+SCORESDE_KERNEL put_kernel(const __grid_constant__ PutArgs args) {
+  for_each_chunk<T, vector>(args.rows, args.cols, [&](const Chunk& c) {
+    if (args.chosen[c.row * args.stride]) store<T, vector>(args.into, c, load<T, vector>(args.values, c));
   });
 }
 
@@ -253,6 +290,23 @@ int with_type(DType dtype, F f) {
   return cudaErrorInvalidValue;
 }
 
+// Calls f with the number of results as a constant.
+template <class F>
+int with_results(int32_t n, F f) {
+  switch (n) {
+    case 1:
+      return f(std::integral_constant<int, 1>{});
+    case 2:
+      return f(std::integral_constant<int, 2>{});
+    case 3:
+      return f(std::integral_constant<int, 3>{});
+    case 4:
+      return f(std::integral_constant<int, 4>{});
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
 }  // namespace
 }  // namespace device
 
@@ -283,37 +337,35 @@ int cuda_launch(const CombineArgs& args, void* stream) {
   const uintptr_t arrays = join(args.arrays, args.n_terms) | join(args.results, args.n_results);
   return with_type(args.dtype, [&](auto number) {
     using T = decltype(number);
-    const auto launch_results = [&](auto n) {
+    return with_results(args.n_results, [&](auto n) {
       return launch_chunks<T>(combine_kernel<T, true, n>, combine_kernel<T, false, n>, arrays, args, stream);
-    };
-    switch (args.n_results) {
-      case 1:
-        return launch_results(std::integral_constant<int, 1>{});
-      case 2:
-        return launch_results(std::integral_constant<int, 2>{});
-      case 3:
-        return launch_results(std::integral_constant<int, 3>{});
-      case 4:
-        return launch_results(std::integral_constant<int, 4>{});
-      default:
-        return int{cudaErrorInvalidValue};
-    }
+    });
   });
 }
 
 int cuda_launch(const StageArgs& args, void* stream) {
-  const uintptr_t arrays = join(args.y, args.y_next, args.x, args.out, args.k_new) | join(args.k, args.stages);
+  const uintptr_t arrays =
+      join(args.y, args.x, args.out, args.k_new) | join(args.k, args.stages) | join(args.results, args.lines);
   return with_type(args.dtype, [&](auto number) {
     using T = decltype(number);
-    return launch_chunks<T>(stage_kernel<T, true>, stage_kernel<T, false>, arrays, args, stream);
+    return with_results(args.lines, [&](auto n) {
+      return launch_chunks<T>(stage_kernel<T, true, n>, stage_kernel<T, false, n>, arrays, args, stream);
+    });
   });
 }
 
 int cuda_launch(const ErrorArgs& args, void* stream) {
-  const uintptr_t arrays = join(args.y0, args.y1) | join(args.k, args.stages);
+  const uintptr_t arrays = join(args.y0, args.y1, args.out, args.k_new) | join(args.k, args.stages);
   return with_type(args.dtype, [&](auto number) {
     using T = decltype(number);
     return launch_chunks<T>(error_kernel<T, true>, error_kernel<T, false>, arrays, args, stream);
+  });
+}
+
+int cuda_launch(const PutArgs& args, void* stream) {
+  return with_type(args.dtype, [&](auto number) {
+    using T = decltype(number);
+    return launch_chunks<T>(put_kernel<T, true>, put_kernel<T, false>, join(args.values, args.into), args, stream);
   });
 }
 

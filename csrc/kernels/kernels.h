@@ -84,24 +84,28 @@ struct CombineArgs {
   void* results[max_results];
 };
 
-// k_new = f x + q out (written where k_new is not null); y_next = y + h (sum_j a_j k_j + a_new k_new)
+// The slope k_new = f x + q out of an evaluation, where there is an `out`; without f.data it is q out. k_new may be
+// null: then it is not written. And sums over the slopes k_j and, with the coefficients a_new, k_new: for m < states
+// results[m] = y + h sum_j a[m][j] k_j, for the other lines the sum alone.
 struct StageArgs {
   DType dtype;
   int64_t rows, cols;
-  int32_t stages;
+  int32_t stages, lines, states;
   const void* k[max_stages];
-  double a[max_stages];
+  double a[max_results][max_stages];
+  double a_new[max_results];
   Coefficient h;
   const void* y;
-  void* y_next;
-  double a_new;
-  const void* x;
+  void* results[max_results];
+  const void* x;  // null: x = y + h sum_j at[j] k_j, which is less to read
+  double at[max_stages];
   const void* out;
   Coefficient f, q;
   void* k_new;
 };
 
-// partials: sums over a tile of (h sum_j e_j k_j / (atol + rtol max(|y0|, |y1|)))^2. The slopes cancel: their sum is
+// partials: sums over a tile of (h sum_j e_j k_j / (atol + rtol max(|y0|, |y1|)))^2. Where there is an `out`, one more
+// slope is k_new = f y1 + q out, or q out without f.data, with the coefficient e_new. The slopes cancel: their sum is
 // taken in double, or float32's rounding would steer the step size.
 struct ErrorArgs {
   DType dtype;
@@ -114,6 +118,20 @@ struct ErrorArgs {
   const void* y1;
   double rtol, atol;
   double* partials;
+  const void* out;
+  Coefficient f, q;
+  double e_new;
+  void* k_new;
+};
+
+// Rows of `values` in the place of those of `into`, where chosen[row * stride]. Others are neither read nor written.
+struct PutArgs {
+  DType dtype;
+  int64_t rows, cols;
+  const void* values;
+  const bool* chosen;
+  int64_t stride;
+  void* into;
 };
 
 enum class Law : int32_t { normal, uniform, integer };
@@ -189,6 +207,7 @@ struct CpuKernels {
   void (*combine)(const CombineArgs&, int64_t begin, int64_t end);
   void (*stage)(const StageArgs&, int64_t begin, int64_t end);
   void (*error)(const ErrorArgs&, int64_t begin, int64_t end);
+  void (*put)(const PutArgs&, int64_t begin, int64_t end);
   void (*noise)(const NoiseArgs&, int64_t begin, int64_t end);
   void (*marginal)(const MarginalArgs&, int64_t begin, int64_t end);  // rows
 };
@@ -208,6 +227,7 @@ int cuda_launch(const ResidualArgs& args, void* stream);
 int cuda_launch(const CombineArgs& args, void* stream);
 int cuda_launch(const StageArgs& args, void* stream);
 int cuda_launch(const ErrorArgs& args, void* stream);
+int cuda_launch(const PutArgs& args, void* stream);
 int cuda_launch(const NoiseArgs& args, void* stream);
 int cuda_launch(const SumArgs& args, void* stream);
 int cuda_launch(const ControlArgs& args, void* stream);

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "kernels/kernels.h"
 
@@ -41,6 +42,13 @@ py::dict build_info() {
   info["cpu_capabilities"] = capabilities;
   info["cpu_capability"] = scoresde::cpu_capability();
   return info;
+}
+
+// The operator rk_control for a single decision, which would take less time than its tensors.
+std::pair<bool, double> control_step(double norm, double h, bool after_rejection, double exponent) {
+  double accepted, h_next;
+  scoresde::control_steps({1, &norm, &h, &after_rejection, exponent, &accepted, &h_next});
+  return {accepted != 0, h_next};
 }
 
 #ifdef SCORESDE_EXT_WITH_CUDA
@@ -86,6 +94,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("build_info", &build_info,
              "How this module was built (compiler, torch, cuda: None or nvcc and archs, cpu_capabilities) and the "
              "instruction set its CPU kernels use on this machine (cpu_capability).");
+  module.def("control_step", &control_step, py::arg("norm"), py::arg("h"), py::arg("after_rejection"),
+             py::arg("exponent"), "ops.rk_control for numbers: whether the step is accepted, and the next h.");
 #ifdef SCORESDE_EXT_WITH_CUDA
   py::class_<DeviceLoop>(module, "DeviceLoop", "A captured step that the device repeats while a flag is not 0.")
       .def(py::init<uintptr_t, uintptr_t>(), py::arg("step"), py::arg("flag"))

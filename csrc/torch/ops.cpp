@@ -419,66 +419,120 @@ struct Slopes {
   }
 };
 
+void check_weights(size_t given, size_t wanted, const char* name) {
+  TORCH_CHECK_VALUE(given == wanted, name, ": expected ", wanted, " coefficients, one a slope, got ", given, ".");
+}
+
+// The arguments of a stage without those of an evaluation; `a` has a coefficient a slope.
+StageArgs stage_args(const Shape& shape, DType dtype, const Tensor& y, const Slopes& slopes, const Numbers& h) {
+  StageArgs args{};
+  args.dtype = dtype, args.rows = shape.rows, args.cols = shape.cols, args.stages = slopes.n;
+  std::copy_n(slopes.k, slopes.n, args.k);
+  args.h = h.coefficient, args.y = y.const_data_ptr();
+  return args;
+}
+
 Tensor rk_stage(const Tensor& y, at::TensorList ks, at::ArrayRef<double> a, const Tensor& h) {
-  TORCH_CHECK_VALUE(a.size() == ks.size(), "a: expected ", ks.size(), " coefficients, one a slope, got ", a.size(),
-                    ".");
+  check_weights(a.size(), ks.size(), "a");
   const DType dtype = dtype_of(y, "y");
   const Layout layout(y, "y", false);
-  const Shape shape = shape_of(y, "y");
   const Tensor ys = layout.input(y, "y");
   const Slopes slopes(ks, a, layout);
   const Numbers hs(h, "h", y);
   const Tensor next = layout.output();
-  StageArgs args{};
-  args.dtype = dtype, args.rows = shape.rows, args.cols = shape.cols, args.stages = slopes.n;
-  std::copy_n(slopes.k, slopes.n, args.k);
-  std::copy_n(slopes.a, slopes.n, args.a);
-  args.h = hs.coefficient, args.y = ys.const_data_ptr(), args.y_next = next.mutable_data_ptr();
+  StageArgs args = stage_args(shape_of(y, "y"), dtype, ys, slopes, hs);
+  args.lines = args.states = 1, args.results[0] = next.mutable_data_ptr();
+  std::copy_n(slopes.a, slopes.n, args.a[0]);
   run(cpu_kernels().stage, args, y.device());
   return layout.result(next);
 }
 
-std::tuple<Tensor, Tensor> rk_drift_stage(const Tensor& y, at::TensorList ks, at::ArrayRef<double> a, const Tensor& h,
-                                          const Tensor& x, const Tensor& out, const Tensor& f, const Tensor& q) {
-  TORCH_CHECK_VALUE(a.size() == ks.size() + 1, "a: expected ", ks.size() + 1,
-                    " coefficients, one a slope and one for the new slope, got ", a.size(), ".");
+std::vector<Tensor> rk_drift_stage(const Tensor& y, at::TensorList ks, at::ArrayRef<double> a, const Tensor& h,
+                                   const OptTensor& x, at::ArrayRef<double> at, const Tensor& out, const OptTensor& f,
+                                   const Tensor& q, int64_t states, bool keep) {
+  const size_t n = ks.size() + 1;
+  const int32_t lines = static_cast<int32_t>(a.size() / n);
+  TORCH_CHECK_VALUE(a.size() == lines * n && lines >= 1 && lines <= max_results, "a: expected 1 to ", max_results,
+                    " lines of ", n, " coefficients, one a slope and one for the new slope, got ", a.size(),
+                    " numbers.");
+  TORCH_CHECK_VALUE(states >= 0 && states <= lines, "states: expected 0 to ", lines, " lines, got ", states, ".");
+  const bool at_stage = f && !x;  // x is to be computed
+  if (at_stage) check_weights(at.size(), ks.size(), "x");
   const DType dtype = dtype_of(y, "y");
   const Layout layout(y, "y", false);
-  const Shape shape = shape_of(y, "y");
-  const Tensor ys = layout.input(y, "y"), xs = layout.input(x, "x"), outs = layout.input(out, "out");
-  const Slopes slopes(ks, a, layout);
+  const Tensor ys = layout.input(y, "y"), outs = layout.input(out, "out");
+  // Slopes that no line needs are left out.
+  std::vector<double> needed(n - 1);
+  for (size_t j = 0; j < n - 1; ++j) {
+    for (int32_t m = 0; m < lines; ++m) needed[j] += a[m * n + j] != 0.0;
+    if (at_stage) needed[j] += at[j] != 0.0;
+  }
+  const Slopes slopes(ks, needed, layout);
   const Numbers hs(h, "h", y), fs(f, "f", y), qs(q, "q", y);
-  const Tensor k_new = layout.output(), next = layout.output();
-  StageArgs args{};
-  args.dtype = dtype, args.rows = shape.rows, args.cols = shape.cols, args.stages = slopes.n;
-  std::copy_n(slopes.k, slopes.n, args.k);
-  std::copy_n(slopes.a, slopes.n, args.a);
-  args.h = hs.coefficient, args.y = ys.const_data_ptr(), args.y_next = next.mutable_data_ptr();
-  args.a_new = a.back(), args.x = xs.const_data_ptr(), args.out = outs.const_data_ptr();
-  args.f = fs.coefficient, args.q = qs.coefficient, args.k_new = k_new.mutable_data_ptr();
+  StageArgs args = stage_args(shape_of(y, "y"), dtype, ys, slopes, hs);
+  args.lines = lines, args.states = static_cast<int32_t>(states);
+  for (size_t j = 0, used = 0; j < n - 1; ++j) {
+    if (needed[j] == 0.0) continue;
+    for (int32_t m = 0; m < lines; ++m) args.a[m][used] = a[m * n + j];
+    args.at[used++] = at_stage ? at[j] : 0.0;
+  }
+  Tensor xs;
+  if (f && x) {
+    xs = layout.input(*x, "x");
+    args.x = xs.const_data_ptr();
+  }
+  args.out = outs.const_data_ptr(), args.f = fs.coefficient, args.q = qs.coefficient;
+  std::vector<Tensor> results;
+  for (int32_t m = 0; m < lines; ++m) {
+    args.a_new[m] = a[m * n + n - 1];
+    results.push_back(layout.output());
+    args.results[m] = results.back().mutable_data_ptr();
+  }
+  if (keep) {
+    results.push_back(layout.output());
+    args.k_new = results.back().mutable_data_ptr();
+  }
   run(cpu_kernels().stage, args, y.device());
-  return {layout.result(k_new), layout.result(next)};
+  for (Tensor& result : results) result = layout.result(result);
+  return results;
 }
 
-Tensor rk_error(const Tensor& y0, const Tensor& y1, at::TensorList ks, at::ArrayRef<double> e, const Tensor& h,
-                double rtol, double atol) {
-  TORCH_CHECK_VALUE(e.size() == ks.size(), "e: expected ", ks.size(), " coefficients, one a slope, got ", e.size(),
-                    ".");
+// Shared by the two schemas; the second has one more slope, of an evaluation at y1.
+std::pair<Tensor, Tensor> run_error(const Tensor& y0, const Tensor& y1, at::TensorList ks, at::ArrayRef<double> e,
+                                    const Tensor& h, const OptTensor& out, const OptTensor& f, const OptTensor& q,
+                                    double rtol, double atol) {
+  check_weights(e.size(), ks.size() + out.has_value(), "e");
   const DType dtype = dtype_of(y0, "y0");
   const Layout layout(y0, "y0", false);
   const Shape shape = shape_of(y0, "y0");
   const Tensor y0s = layout.input(y0, "y0"), y1s = layout.input(y1, "y1");
+  const Tensor outs = out ? layout.input(*out, "out") : Tensor();
   const Slopes slopes(ks, e, layout);
-  const Numbers hs(h, "h", y0);
-  const Tensor partials = partial_sums(shape, y0);
+  const Numbers hs(h, "h", y0), fs(f, "f", y0), qs(q, "q", y0);
+  const Tensor partials = partial_sums(shape, y0), slope = out ? layout.output() : Tensor();
   ErrorArgs args{};
   args.dtype = dtype, args.rows = shape.rows, args.cols = shape.cols, args.stages = slopes.n;
   std::copy_n(slopes.k, slopes.n, args.k);
   std::copy_n(slopes.a, slopes.n, args.e);
   args.h = hs.coefficient, args.y0 = y0s.const_data_ptr(), args.y1 = y1s.const_data_ptr();
   args.rtol = rtol, args.atol = atol, args.partials = partials.mutable_data_ptr<double>();
+  if (out) {
+    args.out = outs.const_data_ptr(), args.f = fs.coefficient, args.q = qs.coefficient;
+    args.e_new = e.back(), args.k_new = slope.mutable_data_ptr();
+  }
   run(cpu_kernels().error, args, y0.device());
-  return sum_rows(partials, {shape.rows}, Numbers(), at::kDouble);
+  return {sum_rows(partials, {shape.rows}, Numbers(), at::kDouble), out ? layout.result(slope) : slope};
+}
+
+Tensor rk_error(const Tensor& y0, const Tensor& y1, at::TensorList ks, at::ArrayRef<double> e, const Tensor& h,
+                double rtol, double atol) {
+  return run_error(y0, y1, ks, e, h, {}, {}, {}, rtol, atol).first;
+}
+
+std::tuple<Tensor, Tensor> rk_drift_error(const Tensor& y0, const Tensor& y1, at::TensorList ks, at::ArrayRef<double> e,
+                                          const Tensor& h, const Tensor& out, const OptTensor& f, const Tensor& q,
+                                          double rtol, double atol) {
+  return run_error(y0, y1, ks, e, h, out, f, q, rtol, atol);
 }
 
 Tensor rk_control(const Tensor& norm, const Tensor& h, const Tensor& after_rejection, double exponent) {
@@ -543,6 +597,25 @@ std::tuple<Tensor, Tensor, Tensor> marginal(const Tensor& u, double first, doubl
   return {t, m, s};
 }
 
+void put(const Tensor& into, const Tensor& values, const Tensor& chosen) {
+  const DType dtype = dtype_of(into, "into");
+  const Shape shape = shape_of(into, "into");
+  TORCH_CHECK_VALUE(into.is_contiguous(), "into: expected a contiguous tensor, got strides ", into.strides(), ".");
+  const Tensor held = Layout(into, "into", true).input(values, "values");
+  TORCH_CHECK_VALUE(chosen.scalar_type() == at::kBool && chosen.dim() == 1 && chosen.device() == into.device() &&
+                        (chosen.size(0) == 1 || chosen.size(0) == shape.rows),
+                    "chosen: expected a bool tensor of one element or (", shape.rows, ",) on ", into.device(), ", got ",
+                    chosen.scalar_type(), " ", chosen.sizes(), " on ", chosen.device(), ".");
+  const PutArgs args{dtype,
+                     shape.rows,
+                     shape.cols,
+                     held.const_data_ptr(),
+                     chosen.const_data_ptr<bool>(),
+                     chosen.size(0) == 1 ? 0 : chosen.stride(0),
+                     into.mutable_data_ptr()};
+  run(cpu_kernels().put, args, into.device());
+}
+
 // ---- noise ----
 
 Tensor run_noise(const Tensor& key, const OptTensor& ids, int64_t draw, at::IntArrayRef size, Law law, uint64_t high,
@@ -589,8 +662,10 @@ void implement(torch::Library& m) {
   m.impl("rk_stage", &rk_stage);
   m.impl("rk_drift_stage", &rk_drift_stage);
   m.impl("rk_error", &rk_error);
+  m.impl("rk_drift_error", &rk_drift_error);
   m.impl("rk_control", &rk_control);
   m.impl("marginal", &marginal);
+  m.impl("put", &put);
   m.impl("noise_normal", &noise_normal);
   m.impl("noise_uniform", &noise_uniform);
   m.impl("noise_integers", &noise_integers);
@@ -613,9 +688,14 @@ TORCH_LIBRARY(scoresde_ext, m) {
   m.def("combine(Tensor[] arrays, Tensor coefficients) -> Tensor[]");
   m.def("rk_stage(Tensor y, Tensor[] ks, float[] a, Tensor h) -> Tensor");
   m.def(
-      "rk_drift_stage(Tensor y, Tensor[] ks, float[] a, Tensor h, Tensor x, Tensor out, Tensor f, Tensor q) -> "
-      "(Tensor, Tensor)");
+      "rk_drift_stage(Tensor y, Tensor[] ks, float[] a, Tensor h, Tensor? x, float[] at, Tensor out, Tensor? f, Tensor "
+      "q, "
+      "int states, bool keep) -> Tensor[]");
   m.def("rk_error(Tensor y0, Tensor y1, Tensor[] ks, float[] e, Tensor h, float rtol, float atol) -> Tensor");
+  m.def(
+      "rk_drift_error(Tensor y0, Tensor y1, Tensor[] ks, float[] e, Tensor h, Tensor out, Tensor? f, Tensor q, float "
+      "rtol, float atol) -> (Tensor, Tensor)");
+  m.def("put(Tensor(a!) into, Tensor values, Tensor chosen) -> ()");
   m.def("rk_control(Tensor norm, Tensor h, Tensor after_rejection, float exponent) -> Tensor");
   m.def("marginal(Tensor u, float first, float last, int process, float a, float b) -> (Tensor, Tensor, Tensor)");
   m.def("noise_normal(Tensor key, Tensor? ids, int draw, SymInt[] size) -> Tensor");

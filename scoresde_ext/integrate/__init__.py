@@ -217,7 +217,7 @@ def prepare(
     if fixed and t_eval is not None:
         raise ValueError("t_eval: expected an adaptive method; with fixed steps, integrate from time to time.")
     start, end = (float(t) for t in t_span)
-    calibrated = grid if isinstance(grid, CalibratedGrid) else None
+    calibrated = grid if grid is not None and isinstance(grid, CalibratedGrid) else None
     if calibrated and method != "unipc":
         raise ValueError(f"grid: this one was calibrated for method='unipc', got {method!r}.")
     times = None if grid is None else _check_grid(calibrated.times if calibrated else grid, start, end)

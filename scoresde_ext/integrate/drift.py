@@ -22,6 +22,11 @@ class Terms(NamedTuple):
     q: Tensor | float = 1.0
 
     @property
+    def factor(self) -> Tensor | float | None:
+        """f, or None where it is the number 0: then y has no part in the derivative, whatever it holds."""
+        return None if isinstance(self.f, float) and self.f == 0.0 else self.f
+
+    @property
     def plain(self) -> bool:
         return isinstance(self.f, float) and isinstance(self.q, float) and self.f == 0.0 and self.q == 1.0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -62,9 +63,8 @@ class Run:
                 for kept, y in zip(self.dense or (), ys, strict=True):
                     kept[i] = y
         # disable=None: only on a terminal
-        self.bar = tqdm(
-            total=1.0, disable=None if progress else True, bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
-        )
+        bar_format = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
+        self.bar = tqdm(total=1.0, disable=None, bar_format=bar_format) if progress else None
 
     # -- evaluations
 
@@ -105,7 +105,7 @@ class Run:
     # -- the end
 
     def show(self, fraction: float) -> None:
-        if self.bar.disable:
+        if self.bar is None:
             return
         self.bar.set_postfix(nfe=self.nfe, refresh=False)
         self.bar.update(min(fraction, 1.0) - self.bar.n)
@@ -143,7 +143,7 @@ class Run:
         )
 
     def solve(self, on_failure: str, angle: Any = None) -> Solution:
-        with torch.no_grad(), self.bar:
+        with torch.no_grad(), self.bar or nullcontext():
             try:
                 self.integrate()
             except Raised as raised:

@@ -1,8 +1,8 @@
 """Runge-Kutta steps: of fixed size, with one step size for the batch, or with one for each sample.
 
-One kernel an evaluation forms the next stage and, where the right-hand side is a :class:`Drift`, folds ``f x + q out``
-into the same pass. The step control is that of scipy's ``solve_ivp``: RMS norm, its initial step, safety 0.9, factors
-0.2 to 10, no growth after a rejection.
+One kernel an evaluation makes the slope ``f x + q out`` and, in the same pass, the next stage; the last but one also
+begins the sums that end the step, so that the slopes before it are not read again. The step control is that of scipy's
+``solve_ivp``: RMS norm, its initial step, safety 0.9, factors 0.2 to 10, no growth after a rejection.
 """
 
 from __future__ import annotations
@@ -14,15 +14,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops
+from .. import graphs, ops
+from .._C import control_step
 from ..reference import rows
-from .drift import Time
+from .drift import Terms, Time
 from .results import Status
 from .run import Run, State, column, padded
 from .stepping import OnGrid, Stepping
 from .tableaus import Tableau
 
-Slopes = list[list[Tensor]]  # of every part of the state, those so far
+
+class Part:
+    """A part of the state within a step: ``y``, the slopes ``ks`` so far, ``x`` where the next evaluation is, and once
+    the step is made, ``new``. ``begun`` are the sums that end the step, without the last slopes: the new state and the
+    error estimates."""
+
+    def __init__(self, y: Tensor, first: Tensor) -> None:
+        self.y, self.ks = y, [first]
+        self.begun: list[Tensor] = []
+        self.x = self.new = y
+
+    @property
+    def arrays(self) -> tuple[Tensor, ...]:
+        """All in which there may be something that is not finite."""
+        return self.new, *self.ks, *self.begun
 
 
 class RungeKutta(Run):
@@ -33,6 +48,12 @@ class RungeKutta(Run):
     def __init__(self, tableau: Tableau, *args: Any) -> None:
         super().__init__(*args)
         self.tableau = tableau
+        self.lines = [*tableau.a[1:], tableau.b]  # number i: of the slopes that evaluation i completes
+        # What is rounded to two bytes when it is stored must be neither a sum begun nor a point computed again.
+        exact = self.ys[0].dtype in (torch.float32, torch.float64)
+        self.splits = exact and len(tableau.b) > 2  # whether sums are begun before the last stage
+        # A point is less to read for a CPU than to compute again, and more for a GPU.
+        self.reads_points = not exact or graphs.backend_of(self.ys[0].device) is None
 
     def slopes(self, t: Time, ys: State) -> State:
         """The derivative itself, in memory of our own: ``f`` may return the same buffer every time."""
@@ -41,55 +62,78 @@ class RungeKutta(Run):
             for y, term in zip(ys, self.evaluate(t, ys), strict=True)
         )
 
-    def stages(self, t: Time, t_new: Time, first: State) -> tuple[State, Slopes]:
-        """One step from ``t`` to ``t_new``: the new state, and every part's slopes so far."""
-        tableau, ys = self.tableau, self.ys
-        h = t_new - t
-        ks = [[k] for k in first]
-        targets = [*tableau.a[1:], tableau.b]
-        points = tuple(ops.rk_stage(y, k, targets[0][:1], h) for y, k in zip(ys, ks, strict=True))
-        for i, (a, c) in enumerate(zip(targets[1:], tableau.c[1:], strict=True), 1):
-            terms = self.evaluate(t_new if c == 1.0 else t + c * h, points, i in tableau.passing)
-            following = []
-            for y, k, x, term in zip(ys, ks, points, terms, strict=True):
-                if term.plain:
-                    k.append(term.out.clone())
-                    following.append(ops.rk_stage(y, k, a, h))
-                else:
-                    slope, y_next = ops.rk_drift_stage(y, k, a, h, x, term.out, term.f, term.q)
-                    k.append(slope)
-                    following.append(y_next)
-            points = tuple(following)
-        return points, ks
+    def stages(self, t: Time, t_new: Time, first: State) -> tuple[list[Part], Tensor]:
+        """One step from ``t`` to ``t_new``, and its size as the kernels take it."""
+        tableau, h = self.tableau, t_new - t
+        lines, last = self.lines, len(tableau.b) - 1
+        step = ops.number(h, self.ys[0])
+        parts = [Part(y, k) for y, k in zip(self.ys, first, strict=True)]
+        for part in parts:
+            part.x = ops.rk_stage(part.y, part.ks, lines[0][:1], step)
+        for i in range(1, last + 1):
+            c = tableau.c[i]
+            at, points = t_new if c == 1.0 else t + c * h, tuple(part.x for part in parts)
+            terms = self.evaluate(at, points, i in tableau.passing)
+            for part, term in zip(parts, terms, strict=True):
+                self.advance(part, term, i, lines, step)
+        for part in parts:
+            part.new = part.x
+        return parts, step
 
-    def attempt(self, t: Time, t_new: Time, slopes: State) -> tuple[State, Slopes]:
-        """A step of an adaptive method: the new state, and every part's slopes with the one there."""
-        new, ks = self.stages(t, t_new, slopes)
-        for k, slope in zip(ks, self.slopes(t_new, new), strict=True):
-            k.append(slope)
-        return new, ks
+    def advance(self, part: Part, term: Terms, i: int, lines: Sequence[Sequence[float]], h: Tensor) -> None:
+        """Takes in evaluation ``i`` of a step."""
+        x: Any = part.x if self.reads_points else lines[i - 1]
+        out, f, q = term.out, term.factor, term.q
+        if self.splits and i == len(lines) - 1:
+            k, part.x = ops.rk_drift_stage(part.begun[0], (), lines[i][-1:], h, part.x, out, f, q)
+            part.ks.append(k)
+        elif self.splits and i == len(lines) - 2:
+            ends = [lines[i], *(line[: i + 1] for line in (lines[-1], *self.tableau.errors))]
+            keep = self.dense is not None  # to interpolate takes all slopes
+            made = ops.rk_last_stage(part.y, part.ks, ends, h, x, out, f, q, keep)
+            part.ks.extend(made[:keep])
+            part.x, *part.begun = made[keep:]
+        else:
+            k, part.x = ops.rk_drift_stage(part.y, part.ks, lines[i], h, x, out, f, q)
+            part.ks.append(k)
+
+    def attempt(self, t: Time, t_new: Time, slopes: State) -> tuple[list[Part], list[Tensor]]:
+        """A step of an adaptive method, with the slopes there; and of each error estimate the :meth:`squares`."""
+        parts, step = self.stages(t, t_new, slopes)
+        squares: list[list[Tensor]] = [[] for _ in self.tableau.errors]
+        for part, term in zip(parts, self.evaluate(t_new, tuple(part.new for part in parts)), strict=True):
+            slope: list[Tensor] = []
+            for i, e in enumerate(self.tableau.errors):
+                ks, weights = ([part.begun[1 + i], part.ks[-1]], (1.0, *e[-2:])) if self.splits else (part.ks, e)
+                if slope:
+                    sums = ops.rk_error(part.y, part.new, [*ks, *slope], weights, step, self.rtol, self.atol)
+                else:
+                    sums, k = ops.rk_drift_error(
+                        part.y, part.new, ks, weights, step, term.out, term.factor, term.q, self.rtol, self.atol
+                    )
+                    slope = [k]
+                squares[i].append(sums)
+            part.ks += slope
+        return parts, [_sum(of_parts) for of_parts in squares]
 
     # -- norms
 
     def squares(self, new: State, ks: Sequence[Sequence[Tensor]], e: Sequence[float], h: Time) -> Tensor:
         """``(B,)``: each sample's sum of ``(h sum_j e_j k_j / (atol + rtol max(|y|, |y_new|)))^2``."""
         sums = [ops.rk_error(y, y1, k, e, h, self.rtol, self.atol) for y, y1, k in zip(self.ys, new, ks, strict=True)]
-        return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
+        return _sum(sums)
 
-    def interpolate(self, theta: Time, h: Time, new: State, ks: Slopes) -> State:
+    def interpolate(self, theta: Time, h: Time, part: Part) -> Tensor:
         """The state at ``t + theta h``: the method's own continuous extension, or the cubic through both ends and
         their slopes (Hairer, Norsett, Wanner, section II.6)."""
+        y, new, ks = part.y, part.new, part.ks
         if self.tableau.dense:
             weights = [h * _polynomial(row, theta) for row in self.tableau.dense]
-            return tuple(
-                y + sum(rows(w, y) * k_j for w, k_j in zip(weights, k, strict=True))
-                for y, k in zip(self.ys, ks, strict=True)
-            )
+            return y + sum(rows(w, y) * k_j for w, k_j in zip(weights, ks, strict=True))
         at_start, at_end = (1 + 2 * theta) * (1 - theta) ** 2, theta**2 * (3 - 2 * theta)
         slope_start, slope_end = h * theta * (1 - theta) ** 2, h * theta**2 * (theta - 1)
-        return tuple(
-            rows(at_start, y) * y + rows(slope_start, y) * k[0] + rows(at_end, y) * y1 + rows(slope_end, y) * k[-1]
-            for y, y1, k in zip(self.ys, new, ks, strict=True)
+        return (
+            rows(at_start, y) * y + rows(slope_start, y) * ks[0] + rows(at_end, y) * new + rows(slope_end, y) * ks[-1]
         )
 
     def error_norm(self, sums: Sequence[Any], n: Any) -> Any:
@@ -99,6 +143,10 @@ class RungeKutta(Run):
         # Two estimates: err5^2 / sqrt((err5^2 + err3^2 / 100) n) (Hairer, Norsett, Wanner, eq. II.10.19)
         err5, err3 = sums
         return err5 / (((err5 + 0.01 * err3) * n) ** 0.5 + 1e-300)
+
+
+def _sum(of_parts: Sequence[Tensor]) -> Tensor:
+    return of_parts[0] if len(of_parts) == 1 else torch.stack(list(of_parts)).sum(0)
 
 
 def _polynomial(coefficients: Sequence[float], theta: Time) -> Time:
@@ -133,7 +181,7 @@ class FixedSteps(OnGrid, RungeKutta):
     def step(self) -> None:
         """All steps."""
         for t, t_new in zip(self.grid, self.grid[1:], strict=False):
-            self.ys, _ = self.stages(t, t_new, self.slopes(t, self.ys))
+            self.ys = tuple(part.new for part in self.stages(t, t_new, self.slopes(t, self.ys))[0])
             self.end_step(t, t_new, self.ys)
 
 
@@ -234,22 +282,21 @@ class Joint(OneNorm):
             if self.direction * (t_new - self.end) > 0:
                 t_new = self.end
             h = abs(t_new - self.t)
-            new, ks = self.attempt(self.t, t_new, slopes)
-            sums = [self.norm(self.squares(new, ks, e, t_new - self.t)) for e in self.tableau.errors]
-            norm = self.error_norm(sums, max(self.elements, 1))
+            parts, squares = self.attempt(self.t, t_new, slopes)
+            norm = self.error_norm([self.norm(sums) for sums in squares], max(self.elements, 1))
             self.step_sizes.append(h)
             self.error_norms.append(norm)
             arrays = ()
             if not math.isfinite(norm):
                 # Overflow: the step was too large, a smaller one may do. NaN alone comes from the network: none will.
-                arrays = (*new, *(slope for k in ks for slope in k))
+                arrays = arrays_of(parts)
                 only_nan = self.nan_alone(arrays)
                 if bool(only_nan.any()):
                     raise _Failed(only_nan, Status.NOT_FINITE)
             accepted, h = self.control(norm, h, rejected)
             if accepted:
-                self.accept(t_new, new, ks)
-                return tuple(k[-1] for k in ks), h
+                self.accept(t_new, parts)
+                return tuple(part.ks[-1] for part in parts), h
             rejected = True
 
     def nan_alone(self, arrays: Sequence[Tensor]) -> Tensor:
@@ -257,27 +304,27 @@ class Joint(OneNorm):
         return nan_alone(arrays) & self.running
 
     def control(self, norm: float, h: float, rejected: bool) -> tuple[bool, float]:
-        number = torch.tensor([norm, h], dtype=torch.float64)
-        exponent = 0.7 * self.exponent if self.pi else self.exponent
-        decision = ops.rk_control(number[:1], number[1:], torch.tensor([rejected]), exponent)
-        accepted, h_next = decision.flatten().tolist()
+        accepted, h_next = control_step(norm, h, rejected, 0.7 * self.exponent if self.pi else self.exponent)
         if accepted and self.pi:  # Hairer, Norsett, Wanner, section IV.2: the norm before counts, with the other sign
             growth = min(h_next / h * self.previous_norm ** (-0.4 * self.exponent), 10.0)
             h_next = h * (min(growth, 1.0) if rejected else growth)
             self.previous_norm = max(norm, 1e-4)
-        return bool(accepted), h_next
+        return accepted, h_next
 
-    def accept(self, t_new: float, new: State, ks: Slopes) -> None:
+    def accept(self, t_new: float, parts: Sequence[Part]) -> None:
         h = t_new - self.t
         while self.recorded < len(self.t_eval) and self.direction * (self.t_eval[self.recorded] - t_new) <= 0:
             t = self.t_eval[self.recorded]
-            state = new if t == t_new else self.interpolate((t - self.t) / h, h, new, ks)
-            for kept, y in zip(self.dense or (), state, strict=True):
-                kept[self.recorded] = y
+            for kept, part in zip(self.dense or (), parts, strict=True):
+                kept[self.recorded] = part.new if t == t_new else self.interpolate((t - self.t) / h, h, part)
             self.recorded += 1
-        self.t, self.ys = t_new, new
+        self.t, self.ys = t_new, tuple(part.new for part in parts)
         self.times.append(t_new)
         self.show(abs(t_new - self.start) / abs(self.end - self.start))
+
+
+def arrays_of(parts: Sequence[Part]) -> tuple[Tensor, ...]:
+    return tuple(array for part in parts for array in part.arrays)
 
 
 def nan_alone(arrays: Sequence[Tensor]) -> Tensor:
@@ -333,10 +380,9 @@ class PerSample(Stepping, RungeKutta):
         self.end_as(tiny, Status.STEP_SIZE)
         self.end_as(spent, Status.MAX_STEPS)
 
-    def error_norms_of(self, new: State, ks: Slopes, h: Tensor) -> Tensor:
+    def error_norms_of(self, squares: Sequence[Tensor]) -> Tensor:
         """``(R,)``, error over tolerance."""
-        sums = [self.squares(new, ks, e, h) for e in self.tableau.errors]
-        return self.error_norm(sums, max(self.size, 1))
+        return self.error_norm(squares, max(self.size, 1))
 
     def step(self) -> None:
         """One attempted step of every row."""
@@ -345,8 +391,8 @@ class PerSample(Stepping, RungeKutta):
         t_new = torch.where(self.direction * (t_new - self.end) > 0, self.end, t_new)
         t_new = torch.where(active, t_new, t)  # a row that is done stays where it is
         h = torch.where(active, (t_new - t).abs(), self.h)
-        new, ks = self.attempt(t, t_new, self.slope)
-        norm = self.error_norms_of(new, ks, t_new - t)
+        parts, squares = self.attempt(t, t_new, self.slope)
+        norm = self.error_norms_of(squares)
         exponent = 0.7 * self.exponent if self.pi else self.exponent
         decision = ops.rk_control(norm, h, self.rejected, exponent)
         accepted = (decision[0] > 0) & active
@@ -357,17 +403,17 @@ class PerSample(Stepping, RungeKutta):
             self.look = self.look | overflow.any()
             self.target = torch.where(active, t_new, self.target)
         elif bool(overflow.any()):
-            self.end_as(overflow & nan_alone([*new, *(k for part in ks for k in part)]), Status.NOT_FINITE)
+            self.end_as(overflow & nan_alone(arrays_of(parts)), Status.NOT_FINITE)
         if self.dense is not None:
-            self.record(t, t_new, accepted, new, ks)
+            self.record(t, t_new, accepted, parts)
         h_next = decision[1]
         if self.pi:
             (damping,) = padded(lambda norm: (norm ** (-0.4 * self.exponent),), self.previous_norm)
             growth = (h_next / h * damping).clamp(max=10.0)
             h_next = torch.where(accepted, h * torch.where(self.rejected, growth.clamp(max=1.0), growth), h_next)
             self.previous_norm = torch.where(accepted, norm.clamp(min=1e-4), self.previous_norm)
-        self.ys = tuple(self.chosen(accepted, y1, y) for y, y1 in zip(ys, new, strict=True))
-        self.slope = tuple(self.chosen(accepted, k[-1], k0) for k0, k in zip(self.slope, ks, strict=True))
+        self.ys = tuple(self.chosen(accepted, part.new, y) for y, part in zip(ys, parts, strict=True))
+        self.slope = tuple(self.chosen(accepted, part.ks[-1], k) for k, part in zip(self.slope, parts, strict=True))
         self.t = t_after
         self.h = torch.where(active, h_next, h)
         self.rejected = torch.where(active, ~accepted, self.rejected)
@@ -385,11 +431,9 @@ class PerSample(Stepping, RungeKutta):
     def attend(self) -> None:
         """The attempt that overflowed is made again to see what it gave, from the state that it left as it was."""
         before, t_new = self.nfe, torch.where(self.overflow, self.target, self.t)
-        new, ks = self.attempt(self.t, t_new, self.slope)
+        parts, _ = self.attempt(self.t, t_new, self.slope)
         self.nfe = before
-        self.end_as(
-            self.of_batch(self.overflow) & nan_alone([*new, *(k for part in ks for k in part)]), Status.NOT_FINITE
-        )
+        self.end_as(self.of_batch(self.overflow) & nan_alone(arrays_of(parts)), Status.NOT_FINITE)
         self.give_up(self.on_their_way())
 
     def choose_first_step(self, t: Tensor, slopes: State) -> Tensor:
@@ -419,15 +463,16 @@ class PerSample(Stepping, RungeKutta):
         ]
         return t.new_tensor(steps)
 
-    def record(self, t: Tensor, t_new: Tensor, accepted: Tensor, new: State, ks: Slopes) -> None:
+    def record(self, t: Tensor, t_new: Tensor, accepted: Tensor, parts: Sequence[Part]) -> None:
         """The states at those times of ``t_eval`` that lie in the steps just accepted."""
         h = t_new - t
         for i, at in enumerate(self.t_eval):
             inside = accepted & (self.direction * (at - t) > 0) & (self.direction * (at - t_new) <= 0)
             if self.maybe(inside):
-                between = self.interpolate(torch.where(inside, (at - t) / h, 0.0), h, new, ks)
-                for kept, y1, y in zip(self.dense or (), new, between, strict=True):
-                    value = torch.where(column(t_new == at, y), y1, y)
+                theta = torch.where(inside, (at - t) / h, 0.0)
+                for kept, part in zip(self.dense or (), parts, strict=True):
+                    y = self.interpolate(theta, h, part)
+                    value = torch.where(column(t_new == at, y), part.new, y)
                     kept[i] = torch.where(column(inside, y), value, kept[i])
 
 
@@ -463,11 +508,10 @@ class JointOnDevice(OneNorm, PerSample):
         self.evaluations += self.running
         return torch.full_like(t, h)
 
-    def error_norms_of(self, new: State, ks: Slopes, h: Tensor) -> Tensor:
-        each, running = [self.squares(new, ks, e, h) for e in self.tableau.errors], self.running
-        spoilt = ~torch.stack(each).isfinite().all(0)
+    def error_norms_of(self, squares: Sequence[Tensor]) -> Tensor:
+        running, spoilt = self.running, ~torch.stack(list(squares)).isfinite().all(0)
         self.spoilt = torch.where(self.active(), spoilt, self.spoilt)
-        sums = [torch.where(running, v, 0.0).sum()[None] for v in each]
+        sums = [torch.where(running, v, 0.0).sum()[None] for v in squares]
         return self.error_norm(sums, (running.sum() * self.size).clamp(min=1))
 
     def end_rows(self, tiny: Tensor, spent: Tensor) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import graphs
+from .. import graphs, ops
 from .results import Status
 from .run import Run, State, column, finite
 
@@ -122,8 +122,10 @@ class Stepping(Run):
 
     def chosen(self, rows: Tensor, new: Tensor, old: Tensor) -> Tensor:
         """``new`` in the samples of these rows, ``old`` in the others; on a device in the memory of ``old``."""
-        choice = column(self.of_batch(rows), old)
-        return torch.where(choice, new, old) if self.on_host else torch.where(choice, new, old, out=old)
+        if self.on_host:
+            return torch.where(column(self.of_batch(rows), old), new, old)
+        ops.put(old, new, rows)
+        return old
 
     # -- the loop
 

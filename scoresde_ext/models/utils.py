@@ -171,23 +171,24 @@ def make_score_fn(sde: sde_lib.SDE, network: Callable[[Tensor, Tensor], Tensor],
     """:func:`get_score_fn` for a network that is in its mode already."""
     if isinstance(sde, (sde_lib.VPSDE, sde_lib.subVPSDE)):
         if continuous or isinstance(sde, sde_lib.subVPSDE):
-            return ScoreFunction(sde, network, lambda t: t * 999, lambda t: -1.0 / _marginal_std(sde, t), True)
+            std = _marginal_std(sde)
+            return ScoreFunction(sde, network, lambda t: t * 999, lambda t: -1.0 / std(t), True)
 
         return ScoreFunction(
             sde, network, lambda t: t * (sde.N - 1), lambda t: -1.0 / sde.row("sqrt_1m_alphas_cumprod", t)
         )
     if isinstance(sde, sde_lib.VESDE):
         if continuous:
-            return ScoreFunction(sde, network, lambda t: _marginal_std(sde, t), lambda t: 1.0)
+            return ScoreFunction(sde, network, _marginal_std(sde), lambda t: 1.0)
         return ScoreFunction(sde, network, lambda t: torch.round((sde.T - t) * (sde.N - 1)).long(), lambda t: 1.0)
     return ScoreFunction(sde, network, lambda t: t, lambda t: 1.0)
 
 
-def _marginal_std(sde: sde_lib.AffineSDE, t: Any) -> Any:
-    """std(t), also where a subclass gives it by ``marginal_prob`` alone."""
+def _marginal_std(sde: sde_lib.AffineSDE) -> Callable[[Any], Any]:
+    """std(t) as a function, also where a subclass gives it by ``marginal_prob`` alone."""
     if sde_lib.is_affine(sde):
-        return sde.marginal_coefficients(t)[1]
-    return sde.marginal_prob(torch.zeros_like(t), t)[1]
+        return lambda t: sde.marginal_coefficients(t)[1]
+    return lambda t: sde.marginal_prob(torch.zeros_like(t), t)[1]
 
 
 def to_flattened_numpy(x: Tensor) -> np.ndarray:

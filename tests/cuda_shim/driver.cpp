@@ -133,13 +133,18 @@ int run(const std::string& kernel, const Call& call) {
   if (kernel == "stage") {
     StageArgs args{};
     args.dtype = call.dtype(), args.rows = rows, args.cols = cols;
-    args.stages = call.slopes(args.k, args.a, "a");
-    args.h = call.coefficient("h"), args.y = call.array("y"), args.y_next = call.array("y_next");
-    args.k_new = call.array("k_new");
-    if (args.k_new) {
-      args.a_new = call.real("a_new"), args.x = call.array("x"), args.out = call.array("out");
-      args.f = call.coefficient("f"), args.q = call.coefficient("q");
+    args.stages = call.slopes(args.k, args.at, "at");
+    args.lines = static_cast<int32_t>(call.integer("lines")),
+    args.states = static_cast<int32_t>(call.integer("states"));
+    args.h = call.coefficient("h"), args.y = call.array("y"), args.k_new = call.array("k_new");
+    for (int32_t m = 0; m < args.lines; ++m) {
+      const std::string line = "a" + std::to_string(m);
+      args.results[m] = call.array("result" + std::to_string(m));
+      for (int32_t j = 0; j < args.stages; ++j) args.a[m][j] = call.real(line + std::to_string(j));
+      args.a_new[m] = call.real(line + "new");
     }
+    args.x = call.array("x"), args.out = call.array("out");
+    args.f = call.coefficient("f"), args.q = call.coefficient("q");
     return cuda_launch(args, nullptr);
   }
   if (kernel == "error") {
@@ -148,7 +153,14 @@ int run(const std::string& kernel, const Call& call) {
     args.stages = call.slopes(args.k, args.e, "e");
     args.h = call.coefficient("h"), args.y0 = call.array("y0"), args.y1 = call.array("y1");
     args.rtol = call.real("rtol"), args.atol = call.real("atol"), args.partials = call.array<double>("partials");
+    args.out = call.array("out"), args.f = call.coefficient("f"), args.q = call.coefficient("q");
+    args.e_new = call.real("e_new"), args.k_new = call.array("k_new");
     return cuda_launch(args, nullptr);
+  }
+  if (kernel == "put") {
+    return cuda_launch(PutArgs{call.dtype(), rows, cols, call.array("values"), call.array<bool>("chosen"),
+                               call.integer("chosen.stride"), call.array("into")},
+                       nullptr);
   }
   if (kernel == "noise") {
     return cuda_launch(NoiseArgs{rows, cols, call.noise(), static_cast<Law>(call.integer("law")),
