@@ -167,6 +167,9 @@ def small_suite(device: str) -> None:
             op.call(ops, v)
     norm, h = torch.rand(2, 300, dtype=torch.float64, device=device)
     ops.rk_control(norm, h, norm < 0.5, -0.2)
+    for i, shape in enumerate([(300, 3), (300, 1024), (300, 1025)]):
+        into, values = torch.zeros(2, *shape, device=device, dtype=DTYPES[i]).unbind()
+        ops.put(into, values, norm < 0.5)
     key = torch.tensor([1, 2], device=device)
     ops.noise_normal(key, None, 0, (3, 1025))
     ops.noise_uniform(key, None, 0, (3, 1025))
