@@ -169,6 +169,9 @@ def small_suite(device: str) -> None:
     ops.rk_control(norm, h, norm < 0.5, -0.2)
     for process in ("vp", "subvp", "ve"):
         ops.marginal(torch.rand(300, device=device), 1e-5, 1.0, process, 0.1, 20.0)
+    for i, shape in enumerate([(300, 3), (300, 1024), (300, 1025)]):
+        into, values = torch.zeros(2, *shape, device=device, dtype=DTYPES[i]).unbind()
+        ops.put(into, values, norm < 0.5)
     key = torch.tensor([1, 2], device=device)
     ops.noise_normal(key, None, 0, (3, 1025))
     ops.noise_uniform(key, None, 0, (3, 1025))
