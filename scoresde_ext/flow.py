@@ -31,7 +31,8 @@ class ProbabilityFlow:
 
     def given(self, x: Tensor, labels: Tensor) -> Tensor:
         """:meth:`network` where the labels ``(B,)`` are known."""
-        return self.score_fn.network(x, labels).to(x.dtype)
+        out = self.score_fn.network(x, labels)
+        return out if out.dtype == x.dtype else out.to(x.dtype)
 
     def labels(self, t: Time, x: Tensor) -> Tensor:
         """What the network is given in place of ``t``."""
