@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,14 +43,10 @@ QUICK = Effort(turns=2, seconds=0.05, threads=(1,), samples=128)
 
 
 class Workers(dict[str, Worker]):
-    """By competitor; each is started where it is asked for first, and takes seconds to."""
+    """By competitor. They start side by side, which takes seconds, while who asks does something else."""
 
-    def __init__(self, threads: int) -> None:
-        self.threads = threads
-
-    def __missing__(self, competitor: str) -> Worker:
-        self[competitor] = Worker(competitor, self.threads)
-        return self[competitor]
+    def __init__(self, competitors: Iterable[str], threads: int) -> None:
+        super().__init__({name: Worker(name, threads) for name in dict.fromkeys(competitors)})
 
     def __enter__(self) -> Workers:
         return self
@@ -103,7 +99,8 @@ def measure_all(effort: Effort, quick: bool) -> list[Measured]:
     measured = []
     with tqdm(todo, unit="case") as bar:
         for threads, these in itertools.groupby(bar, key=lambda item: item[2]):
-            with Workers(threads) as started:
+            names = (name for case in CASES.values() for name in competitors_of(case))
+            with Workers(names, threads) as started:
                 for case, shape, _ in these:
                     bar.set_description(f"{case.name} {shape}, {threads} threads")
                     check(case, shape, started)
@@ -113,9 +110,9 @@ def measure_all(effort: Effort, quick: bool) -> list[Measured]:
 
 def sample_digits(effort: Effort, quick: bool) -> list[digits.Timed]:
     """Each sampler in its process, one setting after the other in turn."""
-    wanted = digits.exact(effort.samples).numpy()
     points = []
-    with Workers(max(effort.threads)) as started:
+    with Workers(digits.SAMPLERS, max(effort.threads)) as started:
+        wanted = digits.exact(effort.samples).numpy()
         settings = {name: digits.settings_of(name, quick) for name in digits.SAMPLERS}
         todo = [p for row in itertools.zip_longest(*([(n, s) for s in v] for n, v in settings.items())) for p in row]
         for name, setting in tqdm([p for p in todo if p], desc="digits", unit="run"):
