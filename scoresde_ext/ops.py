@@ -205,6 +205,18 @@ def affine_noise(
     return _op("affine_noise", x)(x, outs, ps, qs, ns, *noise)
 
 
+def affine_next(
+    x: Tensor, out: Tensor | None, p: Tensor | float, q: Tensor | float | None, n: Tensor | float, draw: Draw
+) -> Tensor:
+    """``p x + q out + n z``: what :func:`affine_noise` returns second, where nobody wants the mean. Derivatives are by
+    way of it."""
+    _state("x", x)
+    ps, (outs, qs), ns, noise = _number("p", p, x), _network(out, q, x), _number("n", n, x), _noise(draw, x)
+    if _needs_reference(x, outs, ps, qs, ns, noise[0]):
+        return affine_noise(x, out, p, q, n, draw)[1]
+    return _op("affine_next", x)(x, outs, ps, qs, ns, *noise)
+
+
 def perturb(x0: Tensor, m: Tensor | float, s: Tensor | float, draw: Draw) -> Tensor:
     """``m x0 + s z``, a sample of the transition kernel N(m x_0, s^2) (Song et al. 2021, eq. 29)."""
     _state("x0", x0)
@@ -518,6 +530,7 @@ def _register_fakes() -> None:
     fake("scoresde_ext::affine_noise")(
         lambda x, out, p, q, n, z, key, ids, draw: (torch.empty_like(x), torch.empty_like(x))
     )
+    fake("scoresde_ext::affine_next")(lambda x, out, p, q, n, z, key, ids, draw: torch.empty_like(x))
     fake("scoresde_ext::perturb")(lambda x, m, s, z, key, ids, draw: torch.empty_like(x))
     fake("scoresde_ext::perturb_keeping")(
         lambda x, m, s, key, ids, draw, kept: (torch.empty_like(x), x.new_empty((kept, *x.shape[1:])))

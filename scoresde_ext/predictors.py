@@ -22,6 +22,7 @@ from . import noise, ops, sde_lib
 from .checks import check_inputs
 from .integrate import time_vector
 from .models import utils as mutils
+from .reference import Draw
 from .sde_lib import SDE, ReverseSDE, is_affine, score_terms, sqrt
 
 ScoreFn = Callable[[Tensor, Tensor], Tensor]
@@ -62,6 +63,10 @@ class Predictor(abc.ABC):
         probability_flow: step along the probability-flow ODE instead, without noise.
     """
 
+    # Samplers that have no use for the mean say so to classes of this module, which then return None for it: an array
+    # less to write.
+    wants_mean = True
+
     def __init__(self, sde: SDE, score_fn: ScoreFn, probability_flow: bool = False) -> None:
         self.sde = sde
         self.rsde = sde.reverse(score_fn, probability_flow)
@@ -94,9 +99,14 @@ def _times(step: Predictor | Corrector, x: Tensor, t: Tensor) -> Any:
     return at if at is not None and ours and t.dtype == torch.float32 else t
 
 
-def _update(x: Tensor, out: Tensor | None, p: Any, q: Any, n: Any) -> tuple[Tensor, Tensor]:
-    """``x_mean = p x + q out``, ``x = x_mean + n z`` with the next draw of noise: ``(x, x_mean)``."""
-    mean, after = ops.affine_noise(x, out, p, q, n, noise.normal(x))
+def _update(
+    step: Predictor | Corrector, x: Tensor, out: Tensor | None, p: Any, q: Any, n: Any, draw: Draw | None = None
+) -> Any:
+    """``x_mean = p x + q out``, ``x = x_mean + n z`` with a draw of noise, by default the next: ``(x, x_mean)``."""
+    draw = noise.normal(x) if draw is None else draw
+    if not step.wants_mean:
+        return ops.affine_next(x, out, p, q, n, draw), None
+    mean, after = ops.affine_noise(x, out, p, q, n, draw)
     return after, mean
 
 
@@ -115,9 +125,9 @@ class EulerMaruyamaPredictor(Predictor):
         at = _times(self, x, t)
         if type(self.rsde) is ReverseSDE and is_affine(self.sde):
             f, out, q, g = self.rsde.sde_terms(x, t, at)
-            return _update(x, out, 1.0 + f * dt, q * dt, g * math.sqrt(-dt))
+            return _update(self, x, out, 1.0 + f * dt, q * dt, g * math.sqrt(-dt))
         drift, diffusion = self.rsde.sde(x, t)
-        return _update(x, drift, 1.0, dt, diffusion * math.sqrt(-dt))
+        return _update(self, x, drift, 1.0, dt, diffusion * math.sqrt(-dt))
 
 
 @register_predictor(name="reverse_diffusion")
@@ -129,15 +139,15 @@ class ReverseDiffusionPredictor(Predictor):
         at = _times(self, x, t)
         if type(self.rsde) is ReverseSDE and is_affine(self.sde):
             f, out, q, n = self.rsde.discrete_terms(x, t, at)
-            return _update(x, out, 1.0 - f, -q, n)
+            return _update(self, x, out, 1.0 - f, -q, n)
         step, n = self.rsde.discretize(x, t)
-        return _update(x, step, 1.0, -1.0, n)
+        return _update(self, x, step, 1.0, -1.0, n)
 
     def step_to(self, x: Tensor, t: float, earlier: float) -> tuple[Tensor, Tensor]:
         """The same for one step of the forward process from ``earlier`` to ``t``, ``a x + b z``: exact, not that of
         ``discretize``."""
         a, b, out, k = _transition(self, x, t, earlier)
-        return _update(x, out, 2.0 - a, -self.rsde.score_factor(b) * k, 0.0 if self.rsde.probability_flow else b)
+        return _update(self, x, out, 2.0 - a, -self.rsde.score_factor(b) * k, 0.0 if self.rsde.probability_flow else b)
 
 
 @register_predictor(name="ancestral_sampling")
@@ -165,11 +175,11 @@ class AncestralSamplingPredictor(Predictor):
         if isinstance(self.sde, sde_lib.VESDE):
             sigma, below = self.sde.adjacent_sigmas(at)
             gain = sigma**2 - below**2
-            return _update(x, out, 1.0, gain * k, sqrt(below**2 * gain / sigma**2))
+            return _update(self, x, out, 1.0, gain * k, sqrt(below**2 * gain / sigma**2))
         assert isinstance(self.sde, sde_lib.VPSDE)
         beta = self.sde.discrete_beta(at)
         p = 1.0 / sqrt(1.0 - beta)
-        return _update(x, out, p, beta * p * k, sqrt(beta))
+        return _update(self, x, out, p, beta * p * k, sqrt(beta))
 
     def step_to(self, x: Tensor, t: float, earlier: float) -> tuple[Tensor, Tensor]:
         """The same for one step of the forward process from ``earlier`` to ``t``: ``alpha_i = (m_t / m_earlier)^2``,
@@ -177,8 +187,8 @@ class AncestralSamplingPredictor(Predictor):
         a, b, out, k = _transition(self, x, t, earlier)
         if isinstance(self.sde, sde_lib.VESDE):
             sigma, below = self.sde.transition(0.0, t)[1], self.sde.transition(0.0, earlier)[1] if earlier > 0 else 0.0
-            return _update(x, out, 1.0, b**2 * k, below * b / sigma)
-        return _update(x, out, 1.0 / a, b**2 / a * k, b)
+            return _update(self, x, out, 1.0, b**2 * k, below * b / sigma)
+        return _update(self, x, out, 1.0 / a, b**2 / a * k, b)
 
 
 @register_predictor(name="none")
@@ -227,6 +237,8 @@ class Corrector(abc.ABC):
         n_steps: steps a call, from 0 on.
     """
 
+    wants_mean = True
+
     def __init__(self, sde: SDE, score_fn: ScoreFn, snr: float, n_steps: int) -> None:
         self.sde, self.score_fn, self.snr, self.n_steps = sde, score_fn, snr, n_steps
 
@@ -255,7 +267,7 @@ class LangevinCorrector(Corrector):
             norms: Any = self.snr * noise_squares.sqrt().mean() / score_squares.sqrt().mean()
             ratio = norms if isinstance(at, Tensor) else norms.item()
             step = 2.0 * alpha * ratio**2
-            x_mean, x = ops.affine_noise(x, out, 1.0, step * k, sqrt(2.0 * step), draw)
+            x, x_mean = _update(self, x, out, 1.0, step * k, sqrt(2.0 * step), draw)
         return x, x_mean
 
 
@@ -271,7 +283,7 @@ class AnnealedLangevinDynamics(Corrector):
         n = sqrt(2.0 * step)
         for _ in range(self.n_steps):
             out, k = score_terms(self.score_fn, x, t, at)
-            x, x_mean = _update(x, out, 1.0, step * k, n)
+            x, x_mean = _update(self, x, out, 1.0, step * k, n)
         return x, x_mean
 
 

@@ -59,6 +59,13 @@ def affine_noise(
     return mean, mean + rows(n, x) * _noise(draw, x)
 
 
+def affine_next(
+    x: Tensor, out: Tensor | None, p: Tensor | float, q: Tensor | float | None, n: Tensor | float, draw: Draw
+) -> Tensor:
+    """p x + q out + n z"""
+    return affine_noise(x, out, p, q, n, draw)[1]
+
+
 def perturb(x0: Tensor, m: Tensor | float, s: Tensor | float, draw: Draw) -> Tensor:
     """m x0 + s z"""
     return affine_noise(x0, None, m, None, s, draw)[1]

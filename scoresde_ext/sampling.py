@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -129,6 +129,12 @@ class PCLoop:
         self.sde = sde
         self.predictor = (predictor or NonePredictor)(sde, score_fn, probability_flow)
         self.corrector = (corrector or NoneCorrector)(sde, score_fn, snr, n_steps)
+
+    def ask_for_means(self, wanted: bool) -> None:
+        """Whether the predictor's steps from now on return the mean, and not None. The corrector's never do."""
+        for step, asked in ((self.predictor, wanted), (self.corrector, False)):
+            if type(step).__module__ == Predictor.__module__:
+                step.wants_mean = asked
 
     def predict(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         with _draws_of(self.predictor):
@@ -297,7 +303,11 @@ class PcSampler:
             result = x_mean if self.denoise else x
             if self.on_failure == "raise":
                 check_finite(result, "Predictor-corrector sampling")
-            return self.inverse_scaler(result), (len(self.times) if self.times else self.sde.N) * (self.steps[3] + 1)
+            return self.inverse_scaler(result), self.steps_in_all * (self.steps[3] + 1)
+
+    @property
+    def steps_in_all(self) -> int:
+        return len(self.times) if self.times else self.sde.N
 
     def _run(self, loop: PCLoop, model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
         plan = graphs.plan(self.asked, self.cache, model, x.device)
@@ -309,35 +319,47 @@ class PcSampler:
             elif streams is None:
                 why = "recorded noise is looked up draw by draw"
         if streams is None or why:
-            self.graph, x_mean = graphs.Choice("off", why) if why else plan.choice, x
-            for visit in loop.visits(x, self.eps, self.times, self.progress):
-                x, x_mean = visit(loop, x)
-            return x, x_mean
-        run: _EqualSteps | _GridSteps
-        if self.times is None:
-            run = _EqualSteps(loop, x, streams, torch.linspace(self.sde.T, self.eps, self.sde.N, device=x.device))
-            steps = bar(range(self.sde.N), self.progress)
-        else:
-            run, steps = _GridSteps(loop, x, streams, self.eps, self.times), range(1)
-        plan.run(run, x.device, type(run).__name__, steps)
+            self.graph = graphs.Choice("off", why) if why else plan.choice
+            return _in_order(loop, x, loop.visits(x, self.eps, self.times, self.progress), self.steps_in_all)
+        if self.times is not None:
+            run = _GridSteps(loop, x, streams, self.eps, self.times)
+            plan.run(run, x.device, type(run).__name__, range(1))
+            self.graph = plan.choice
+            return run.x, run.x_mean
+        equal = _EqualSteps(loop, x, streams, torch.linspace(self.sde.T, self.eps, self.sde.N, device=x.device))
+        loop.ask_for_means(False)
+        plan.run(equal, x.device, type(equal).__name__, bar(range(self.sde.N - 1), self.progress))
         self.graph = plan.choice
-        return run.x, run.x_mean
+        loop.ask_for_means(True)
+        return equal.visit()
+
+
+def _in_order(loop: PCLoop, x: Tensor, visits: Iterable[Visit], n: int) -> tuple[Tensor, Tensor]:
+    """All visits, ``n`` of them, and the mean of the last."""
+    x_mean = x
+    for number, visit in enumerate(visits, 1):
+        loop.ask_for_means(number == n)
+        x, x_mean = visit(loop, x)
+    return x, x_mean
 
 
 class _EqualSteps:
-    """The N steps of a run as a :class:`graphs.Loop`: one corrector and one predictor call a step."""
+    """The steps of a run but the last as a :class:`graphs.Loop`: one corrector and one predictor call a step."""
 
-    STATE: tuple[str, ...] = ("x", "x_mean", "streams", "times", "index")
+    STATE: tuple[str, ...] = ("x", "streams", "times", "index")
     going: Tensor  # not used: the number of steps is known
 
     def __init__(self, loop: PCLoop, x: Tensor, streams: Any, times: Tensor) -> None:
-        self.loop, self.x, self.x_mean, self.streams, self.times = loop, x, x, streams, times
+        self.loop, self.x, self.streams, self.times = loop, x, streams, times
         self.index = torch.zeros(1, dtype=torch.int64, device=x.device)
 
-    def step(self) -> None:
+    def visit(self) -> tuple[Tensor, Tensor]:
         t = self.times.index_select(0, self.index).expand(len(self.x))
         x, _ = self.loop.correct(self.x, t)
-        self.x, self.x_mean = self.loop.predict(x, t)
+        return self.loop.predict(x, t)
+
+    def step(self) -> None:
+        self.x, _ = self.visit()
         self.index = self.index + 1
 
 
@@ -351,8 +373,8 @@ class _GridSteps:
         self.loop, self.x, self.x_mean, self.streams, self.eps, self.times = loop, x, x, streams, eps, times
 
     def step(self) -> None:
-        for visit in self.loop.visits(self.x, self.eps, self.times, progress=False):
-            self.x, self.x_mean = visit(self.loop, self.x)
+        visits = self.loop.visits(self.x, self.eps, self.times, progress=False)
+        self.x, self.x_mean = _in_order(self.loop, self.x, visits, len(self.times))
 
 
 def get_sampling_fn(

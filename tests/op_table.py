@@ -97,6 +97,10 @@ OPS = {
         lambda f, v: f.affine_noise(v["x"], v["out"], v["p"], v["q"], v["n"], v["draw"]),
         ("x", "out"), ("p", "q", "n"), noise=True, sums=(False, False),
     ),
+    "affine_next": Op(
+        lambda f, v: (f.affine_next(v["x"], v["out"], v["p"], v["q"], v["n"], v["draw"]),),
+        ("x", "out"), ("p", "q", "n"), noise=True,
+    ),
     "perturb": Op(lambda f, v: (f.perturb(v["x0"], v["m"], v["s"], v["draw"]),), ("x0",), ("m", "s"), noise=True),
     "score_loss": Op(_loss, ("out",), ("c", "d", "w"), noise=True, sums=(True,)),
     "score_loss of out": Op(_loss, ("out",), ("c", "w"), sums=(True,)),

@@ -128,6 +128,13 @@ class Shim:
         self.run("affine", {"mean": mean, "next": after}, arrays, **self.shape(x), **strides, **number)
         return mean, after
 
+    def affine_next(self, x, out, p, q, n, draw) -> Tensor:
+        after = torch.empty_like(x)
+        (given, strides), (noise, number) = self.coefficients(x, p=p, q=q, n=n), self.noise(draw, x)
+        arrays = {"x": x, "out": out, **given, **noise}
+        self.run("affine", {"next": after}, arrays, **self.shape(x), **strides, **number)
+        return after
+
     def perturb(self, x0, m, s, draw) -> Tensor:
         after = torch.empty_like(x0)
         (given, strides), (noise, number) = self.coefficients(x0, p=m, n=s), self.noise(draw, x0)

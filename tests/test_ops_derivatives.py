@@ -49,6 +49,10 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
             (array(bf16), None, column(f32), None, column(f32, 1), *stream),
             (last, None, column(f32), None, column(f32), None, KEY, None, 0),
         ],
+        "affine_next": [
+            (array(f32, False), array(f32, False), column(f32), column(f32), column(f32, 1), *array_noise),
+            (array(bf16, False), None, column(f32), None, column(f32), *stream),
+        ],
         "perturb": [
             (array(f32, False), column(f32), column(f32, 1), *array_noise),
             (array(), column(), column(), *stream),
@@ -123,6 +127,7 @@ FUNCTIONS: dict[str, tuple[int, Callable[..., Any]]] = {
     "affine_noise of x, stream": (1, lambda x: ops.affine_noise(x, A[0], C[0], C[1], C[2], STREAM)),
     "mean alone": (2, lambda x, out: ops.affine_noise(x, out, C[0], C[1], C[2], STREAM)[0]),
     "next alone": (2, lambda out, z: ops.affine_noise(A[0], out, C[0], C[1], 0.3, Draw(z=z))[1]),
+    "affine_next": (3, lambda x, out, z: ops.affine_next(x, out, C[0], C[1], C[2], Draw(z=z))),
     "perturb of x0, z": (2, lambda x0, z: ops.perturb(x0, C[0], C[1], Draw(z=z))),
     "perturb of z alone": (1, lambda z: ops.perturb(A[0], C[0], C[1], Draw(z=z))),
     "perturb of x0, stream": (1, lambda x0: ops.perturb(x0, 0.7, C[1], STREAM)),

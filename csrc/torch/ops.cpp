@@ -311,6 +311,12 @@ std::tuple<Tensor, Tensor> affine_noise(const Tensor& x, const OptTensor& out, c
   return run_affine(x, out, p, q, n, z, key, ids, draw, true);
 }
 
+// The second result of affine_noise alone: an array less to write.
+Tensor affine_next(const Tensor& x, const OptTensor& out, const Tensor& p, const OptTensor& q, const Tensor& n,
+                   const OptTensor& z, const OptTensor& key, const OptTensor& ids, int64_t draw) {
+  return run_affine(x, out, p, q, n, z, key, ids, draw, false).second;
+}
+
 Tensor perturb(const Tensor& x, const Tensor& m, const Tensor& s, const OptTensor& z, const OptTensor& key,
                const OptTensor& ids, int64_t draw) {
   return run_affine(x, {}, m, {}, s, z, key, ids, draw, false).second;
@@ -656,6 +662,7 @@ Tensor noise_integers(const Tensor& key, const OptTensor& ids, int64_t draw, at:
 void implement(torch::Library& m) {
   m.impl("affine", &affine);
   m.impl("affine_noise", &affine_noise);
+  m.impl("affine_next", &affine_next);
   m.impl("perturb", &perturb);
   m.impl("score_loss", &score_loss);
   m.impl("combine", &combine);
@@ -678,6 +685,10 @@ TORCH_LIBRARY(scoresde_ext, m) {
   m.def(
       "affine_noise(Tensor x, Tensor? out, Tensor p, Tensor? q, Tensor n, Tensor? z, Tensor? key, Tensor? ids, int "
       "draw) -> (Tensor, Tensor)");
+  m.def(
+      "affine_next(Tensor x, Tensor? out, Tensor p, Tensor? q, Tensor n, Tensor? z, Tensor? key, Tensor? ids, int "
+      "draw) "
+      "-> Tensor");
   m.def("perturb(Tensor x, Tensor m, Tensor s, Tensor? z, Tensor? key, Tensor? ids, int draw) -> Tensor");
   m.def(
       "perturb_keeping(Tensor x, Tensor m, Tensor s, Tensor key, Tensor? ids, int draw, SymInt kept) -> (Tensor, "
