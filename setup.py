@@ -130,6 +130,10 @@ def extension() -> Extension:
     # No contraction: products and sums are fused where the source says so, never by the compiler's own choice.
     flags = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-g0", "-Wall"]
     macros, nvcc_flags, libraries, library_dirs = [], [], [], []
+    # at::parallel_for is compiled into its callers, and is a plain loop without this. The OpenMP library is the one
+    # that torch brings and has loaded: another would be a second pool of threads, of which torch knows nothing.
+    if "backend: OpenMP" in torch.__config__.parallel_info() and sys.platform == "linux":
+        flags.append("-fopenmp")
 
     nvcc = wanted_nvcc()
     if nvcc is not None:

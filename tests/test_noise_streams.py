@@ -150,6 +150,24 @@ def test_number_of_threads_does_not_matter() -> None:
         assert differing(alone, results_of_all()) == []
 
 
+COUNT_THREADS = """
+import os, torch
+from scoresde_ext import ops
+torch.set_num_threads(3)
+key = torch.tensor([1, 2])
+before = len(os.listdir("/proc/self/task"))
+ops.noise_normal(key, None, 0, (64, 10_000))
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="no /proc to count threads in")
+def test_threads_are_used() -> None:
+    """The first loop that asks for three threads makes two more."""
+    run = subprocess.run([sys.executable, "-c", COUNT_THREADS], capture_output=True, text=True, check=True)
+    assert int(run.stdout) == 2
+
+
 SAVE_RESULTS = """
 import sys, torch
 from op_table import results_of_all
