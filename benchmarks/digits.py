@@ -41,7 +41,7 @@ def settings_of(sampler: str, quick: bool) -> tuple[float, ...]:
         coarsest = 1 if sampler.startswith("UniPC") else 2
         return (0.01,) if quick else tuple(10.0**-i for i in range(coarsest, coarsest + 3))
     if sampler == FITTED:  # each is calibrated, in half a minute
-        return (20,) if quick else (6, 10, 15, 22)
+        return (20,) if quick else (6, 10, 15, 24)
     return (10, 20) if quick else (10, 20, 40, 80)
 
 
