@@ -319,7 +319,7 @@ Tensor affine_next(const Tensor& x, const OptTensor& out, const Tensor& p, const
 
 Tensor perturb(const Tensor& x, const Tensor& m, const Tensor& s, const OptTensor& z, const OptTensor& key,
                const OptTensor& ids, int64_t draw) {
-  return run_affine(x, {}, m, {}, s, z, key, ids, draw, false).second;
+  return affine_next(x, {}, m, {}, s, z, key, ids, draw);
 }
 
 // perturb of a float32 batch on the CPU, and the noise of its first `kept` samples, which score_loss takes with the
