@@ -43,13 +43,18 @@ def check_inputs(x: Tensor, t: Tensor, T: float) -> float | None:
     return first if first == last else None
 
 
+def finite(*arrays: Tensor) -> bool:
+    """Whether arrays have no NaN or Inf, in a pass without an array of its own: a finite sum has finite terms. (False
+    also where the sum overflows.)"""
+    return all(math.isfinite(a.detach().sum()) for a in arrays)
+
+
 def check_state(name: str, y: Any) -> None:
     """A state is a floating-point tensor (B, ...) without NaN or Inf."""
     check_array(name, y)
     if y.is_meta:
         raise ValueError(f"{name}: expected a tensor with values, got one on {y.device}.")
-    # The sum is a pass without an array of its own, and NaN or Inf where one element is (or where it overflows).
-    if not (y.detach().sum().isfinite() or y.isfinite().all()):
+    if not (finite(y) or y.isfinite().all()):
         raise ValueError(f"{name}: expected finite values, got NaN or Inf in {name_rows(bad_rows(y))}.")
 
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import reference
+from .checks import check_state
 from .reference import PROCESSES, Draw
 
 _ops = torch.ops.scoresde_ext
@@ -239,8 +240,8 @@ def perturb_keeping(x0: Tensor, m: Tensor | float, s: Tensor | float, draw: Draw
     ms, ss, noise = _number("m", m, x0), _number("s", s, x0), _noise(draw, x0)
     keeps = x0.is_cpu and x0.dtype == torch.float32 and draw.key is not None
     if not keeps or _needs_reference(x0, ms, ss):
-        if x0.is_cpu and not torch.compiler.is_compiling() and not x0.isfinite().all():
-            raise ValueError("x0: expected finite values, got NaN or Inf.")
+        if x0.is_cpu and not torch.compiler.is_compiling():
+            check_state("x0", x0)
         return perturb(x0, m, s, draw), draw
     x, z = _ops.perturb_keeping(x0, ms, ss, *noise[1:], len(x0) * 15 // 16)
     return x, draw._replace(z=z)

@@ -25,9 +25,10 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..checks import finite
 from .drift import Drift, Time
 from .results import Status
-from .run import Run, column, finite, padded
+from .run import Run, column, padded
 from .runge_kutta import nan_alone
 from .stepping import OnGrid, Stepping
 
@@ -343,7 +344,7 @@ class AdaptiveOnHost(UniPC):
         out = self.call(self.flow.network, self.x, self.start)
         self.made = 1
         (value,) = self.combine([self.x, out], [self.here.a, self.here.b])
-        if not finite((value,)):
+        if not finite(value):
             self.count()
             self.end_as(self.lost((value,)), Status.NOT_FINITE)
             self.whole, self.stop = False, not bool(self.running.any())

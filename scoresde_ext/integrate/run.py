@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .. import graphs, ops
+from ..checks import finite
 from .drift import Drift, Terms, Time
 from .results import RUNNING, Solution, SolverError, Status, describe
 
@@ -98,7 +99,7 @@ class Run:
 
     def lost(self, ys: State) -> Tensor:
         """``(B,)``: whether a sample has NaN or Inf, found in one reading pass; on the CPU mostly in a quicker one."""
-        if graphs.backend_of(ys[0].device) is None and finite(ys):
+        if graphs.backend_of(ys[0].device) is None and finite(*ys):
             return torch.zeros_like(self.running)
         return ~sum(ops.rk_error(y, y, [y], (0.0,), 1.0, 1.0, 1.0) for y in ys).isfinite()  # type: ignore[union-attr]
 
@@ -156,12 +157,6 @@ class Run:
 
     def integrate(self) -> None:
         raise NotImplementedError
-
-
-def finite(arrays: State) -> bool:
-    """Whether there is no NaN or Inf in arrays on the CPU: a finite sum has finite terms. (False also where the sum
-    overflows.)"""
-    return all(math.isfinite(a.sum()) for a in arrays)
 
 
 def _log(values: list[Any], like: Tensor) -> Tensor:

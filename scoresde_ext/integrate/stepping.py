@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from .. import graphs, ops
+from ..checks import finite
 from .results import Status
-from .run import Run, State, column, finite
+from .run import Run, State, column
 
 
 class OnGrid(Run):
@@ -47,7 +48,7 @@ class OnGrid(Run):
     def end_step(self, t: float, t_next: float, ys: State) -> None:
         """What is noted after a step from ``t`` to ``t_next``. On the CPU, as long as no sample is lost, the steps are
         counted alone."""
-        if not (self.on_host and finite(ys)):
+        if not (self.on_host and finite(*ys)):
             self.note()
             self.end_as(self.lost(ys), Status.NOT_FINITE)
         self.unnoted, self.t = self.unnoted + 1, t_next
