@@ -476,6 +476,8 @@ def test_no_access_outside_the_other_arrays(sanitized: Shim) -> None:
     test_noise(sanitized)
     test_control(sanitized)
     test_marginals(torch.float32, sanitized)
+    test_put(0, torch.float32, sanitized)
+    test_put(1, torch.bfloat16, sanitized)
     test_a_loop_on_the_device(sanitized)
     test_sums_of_tiles(257, sanitized)
     test_noise_of_channels_last("perturb", (3, 5, 3, 7), sanitized)
