@@ -20,12 +20,10 @@ import torch
 from tqdm import tqdm
 
 from . import digits, plots_speed, record
-from .cases import CASES, COPY, Case, Measured, Shape
+from .cases import BY_SIZE, CASES, COPY, Case, Measured, Shape
 from .work_precision import work_at
 from .worker import Worker
 
-TARGET = 1e-3  # RMS error at which samplers are compared
-BY_SIZE = "loss step by size"
 UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"))
 
 
@@ -156,18 +154,18 @@ def speed_table(measured: Sequence[Measured]) -> str:
 
 
 def digits_table(points: Sequence[digits.Timed]) -> str:
-    baseline = work_at([p for p in points if p.sampler == digits.UPSTREAM], TARGET, work="seconds")
+    baseline = work_at([p for p in points if p.sampler == digits.UPSTREAM], digits.TARGET, work="seconds")
     lines = []
     for name in dict.fromkeys(p.sampler for p in points):
         curve = [p for p in points if p.sampler == name]
-        found = work_at(curve, TARGET, work="seconds")
+        found = work_at(curve, digits.TARGET, work="seconds")
         lines.append([
             name,
             ", ".join(f"{p.seconds:.2f} s: {p.rms:.1e}" for p in curve),
             "not reached" if found is None else f"{curve[0].samples / found:.0f}",
             f"{baseline / found:.2f}" if found and baseline else "",
         ])  # fmt: skip
-    header = ["sampler", "seconds: RMS error", f"samples a second at {TARGET:g}", "times upstream's"]
+    header = ["sampler", "seconds: RMS error", f"samples a second at {digits.TARGET:g}", "times upstream's"]
     return f"{points[0].samples} digits, end to end.\n\n{record.markdown_table(header, lines)}"
 
 
@@ -183,17 +181,15 @@ def write(folder: Path, measured: Sequence[Measured], points: Sequence[digits.Ti
     record.write_json(folder / "speed.json", {"benchmark": "speed", "speed-up by best times": best})
     plots_speed.bars(folder / "speed.png", measured)
     plots_speed.sizes(folder / "sizes.png", [m for m in measured if m.case == BY_SIZE])
-    plots_speed.error_against_seconds(folder / "digits.png", points, TARGET)
+    plots_speed.error_against_seconds(folder / "digits.png", points, digits.TARGET)
     print(f"\nWritten to {folder}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Speed beside what people use instead.")
-    parser.add_argument("--quick", action="store_true", help="fewer sizes, samples and turns: under two minutes")
+    record.add_options(parser, "fewer sizes, samples and turns: under two minutes")
     parser.add_argument("--cases", nargs="+", choices=list(CASES), help="these cases alone, printed and not written")
     parser.add_argument("--threads", type=int, nargs="+", help="numbers of threads; default: 1 and 2, --quick: 1")
-    default = Path(__file__).parent / "results"
-    parser.add_argument("--out", type=Path, default=default, help="folder; default: %(default)s")
     args = parser.parse_args()
     effort = QUICK if args.quick else FULL
     if args.threads:
@@ -205,7 +201,7 @@ def main() -> None:
         return
     torch.set_num_threads(max(effort.threads))
     measured = measure_all(effort, args.quick)
-    write(args.out, measured, sample_digits(effort, args.quick))
+    write(record.folder_of(args), measured, sample_digits(effort, args.quick))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import time
 from collections.abc import Callable
@@ -14,9 +13,10 @@ from torch import Tensor
 from scoresde_ext import sampling
 
 from . import baselines, solvers
-from .problems import Problem, digits_problem, root_mean_square
+from .problems import Problem, problem_of, root_mean_square
 
 COMPARED = 64  # samples whose error is looked at, of fewer than 512 an eighth: their exact solution is expensive
+TARGET = 1e-3  # RMS error at which samplers are compared
 UPSTREAM = "scipy RK45"
 K_DIFFUSION = "k-diffusion loop, DPM-Solver++(2M)"
 FITTED = "UniPC-3 calibrated"
@@ -67,14 +67,9 @@ def prepared(sampler: str, problem: Problem, setting: float) -> Callable[[solver
     return lambda network: solvers.SOLVERS[sampler](problem, network, setting).x
 
 
-@functools.cache
-def problem_of(samples: int) -> Problem:
-    return digits_problem("vp", samples)
-
-
 def exact(samples: int) -> Tensor:
     """The first samples, solved far more tightly than the errors that are compared."""
-    problem = problem_of(samples)
+    problem = problem_of("digits", "vp", samples)
     with torch.no_grad():
         return solvers.reference(replace(problem, z=problem.z[: min(COMPARED, samples // 8)], reference_tolerance=1e-6))
 
@@ -82,7 +77,7 @@ def exact(samples: int) -> Tensor:
 @torch.no_grad()
 def timed(sampler: str, setting: float, samples: int, wanted: Tensor) -> Timed:
     """One run, after the network has been run once."""
-    problem = problem_of(samples)
+    problem = problem_of("digits", "vp", samples)
     run, network = prepared(sampler, problem, setting), solvers.Counted(problem.network)
     problem.network(problem.z, torch.full((samples,), 500.0))
     start = time.perf_counter()

@@ -82,7 +82,7 @@ def spread(path: Path, found: Found, target: float) -> None:
         for ax, (problem, sde) in zip(row, problems, strict=True):
             point = min(found[problem, sde, solver], key=lambda p: abs(math.log(p.rms / target)))
             low, high = int(point.each.min()), int(point.each.max())
-            ax.hist(point.each.numpy(), bins=[i - 0.5 for i in range(low, high + 2)], color="#56B4E9")
+            ax.hist(point.each, bins=[i - 0.5 for i in range(low, high + 2)], color="#56B4E9")
             ax.axvline(point.evaluations, color="#000000", lw=1.5)
             ax.axvline(point.calls, color="#D55E00", lw=1.5, ls="--")
             ax.set_title(

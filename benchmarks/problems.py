@@ -6,6 +6,7 @@ SDE, and is used for sub-VP and VE too: what it estimates, the picture in noise,
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -155,6 +156,12 @@ def digits_problem(kind: str, samples: int) -> Problem:
 
 
 # ---- all ----
+
+
+@functools.cache
+def problem_of(name: str, kind: str, samples: int) -> Problem:
+    """By its name: how processes tell each other of problems."""
+    return digits_problem(kind, samples) if name == "digits" else mixture_problem(name, kind, samples)
 
 
 def prior(kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
-import os
 import platform
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
@@ -14,7 +14,22 @@ from typing import Any
 
 import torch
 
+from .processes import cores
+
+RESULTS = Path(__file__).parent / "results"
+REHEARSAL = Path("out", "benchmark")  # where what --quick found is kept out of the way
 PACKAGES = ("scoresde_ext", "torch", "numpy", "scipy", "torchdiffeq", "torchode")
+
+
+def add_options(parser: argparse.ArgumentParser, quick: str) -> None:
+    """``--quick``, in which ``quick`` says what is done instead, and ``--out``."""
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--out", type=Path, help=f"folder; default: {RESULTS}, with --quick {REHEARSAL}")
+
+
+def folder_of(args: argparse.Namespace) -> Path:
+    """Where the results are."""
+    return args.out or (REHEARSAL if args.quick else RESULTS)
 
 
 def environment() -> dict[str, Any]:
@@ -23,7 +38,7 @@ def environment() -> dict[str, Any]:
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": {
             "processor": _processor(),
-            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "cores": cores(),
             "system": f"{platform.system()} {platform.machine()}",
             "instruction_set": torch.backends.cpu.get_cpu_capability(),
         },
@@ -57,6 +72,11 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
         writer.writeheader()
         writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def write_json(path: Path, results: Mapping[str, Any]) -> None:

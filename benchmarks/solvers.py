@@ -1,7 +1,8 @@
 """Error against evaluations of the network, for ODE solvers: ``python -m benchmarks.solvers``
 
 Every solver starts from the same noise and follows the same probability flow; errors are against a reference solved
-far more tightly. Writes into ``benchmarks/results``: all points as ``solvers.csv``, the tables as ``solvers.md`` (also
+far more tightly. The work is spread over one process a core, each of one thread; on their number nothing depends but
+the time. Writes into ``benchmarks/results``: all points as ``solvers.csv``, the tables as ``solvers.md`` (also
 printed), machine, versions and summary as ``solvers.json``, and plots.
 """
 
@@ -14,15 +15,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from scoresde_ext import sampling
 
-from . import plots, record, report
+from . import plots, processes, record, report
 from .baselines import scipy_rk45, torchdiffeq_dopri5, torchode_dopri5
-from .problems import KEPT_BACK, KINDS, MIXTURES, Network, Problem, digits_problem, mixture_problem, root_mean_square
+from .problems import KEPT_BACK, KINDS, MIXTURES, Network, Problem, problem_of, root_mean_square
 from .work_precision import Point, curves
 
 # ---- competitors: each a function (problem, network, setting) -> Outcome ----
@@ -133,6 +135,7 @@ SOLVERS = {**ADAPTIVE, **ON_GRIDS}
 # ---- the sweep ----
 
 TARGETS = (1e-3, 1e-4)
+Named = tuple[str, str, int]  # a problem: its name, kind and samples, as problem_of takes them
 
 
 class Effort(NamedTuple):
@@ -160,7 +163,7 @@ QUICK = Effort(
     samples=16,
     digits=16,
     tolerances=tuple(10.0**-i for i in range(1, 7)),
-    evaluations=(6, 10, 15, 24, 40, 64, 100),
+    evaluations=(6, 10, 20, 40),
 )
 
 
@@ -179,45 +182,50 @@ def reference(problem: Problem) -> Tensor:
     return scipy_rk45(f, problem.span, problem.z.double(), tolerance, tolerance, method="DOP853")
 
 
-def sweep(problem: Problem, solver: str, settings: tuple[float, ...], exact: Tensor) -> Iterator[Point]:
+@torch.no_grad()
+def exact_samples(named: Named) -> np.ndarray:
+    return reference(problem_of(*named)).numpy()
+
+
+@torch.no_grad()
+def sweep(named: Named, solver: str, effort: Effort, exact: np.ndarray) -> list[Point]:
     """From coarse to fine, until two settings in a row are well below the smallest error that is asked for."""
-    done = 0
-    for setting in settings:
+    problem, points, done = problem_of(*named), [], 0
+    for setting in settings_of(solver, problem, effort):
         network = Counted(problem.network)
         outcome = SOLVERS[solver](problem, network, setting)
         each = torch.full((len(problem.z),), network.calls) if outcome.each is None else outcome.each
-        errors = root_mean_square(outcome.x - exact)
+        errors = root_mean_square(outcome.x - torch.from_numpy(exact))
         rms = errors.square().mean().sqrt().item()
-        yield Point(
+        points.append(Point(
             problem.name, problem.sde_name, solver, setting, each.double().mean().item(), network.calls, rms,
-            errors.quantile(0.5).item(), each,
-        )  # fmt: skip
+            errors.quantile(0.5).item(), each.numpy(),
+        ))  # fmt: skip
         done = done + 1 if rms < min(TARGETS) / 3 else 0
         if done == 2:
-            return
+            break
+    return points
 
 
-def problems(effort: Effort, kept_back: bool) -> Iterator[Problem]:
+def problems(effort: Effort, kept_back: bool) -> Iterator[Named]:
     for kind in effort.kinds:
         for name in (*effort.mixtures, *(KEPT_BACK if kept_back else ())):
-            yield mixture_problem(name, kind, effort.samples)
+            yield name, kind, effort.samples
         if effort.digits:
-            yield digits_problem(kind, effort.digits)
+            yield "digits", kind, effort.digits
 
 
 def measure(effort: Effort, kept_back: bool) -> list[Point]:
-    """Every solver on every problem."""
-    points: list[Point] = []
-    todo = [(problem, name) for problem in problems(effort, kept_back) for name in SOLVERS]
-    exact: dict[tuple[str, str], Tensor] = {}
-    with torch.no_grad(), tqdm(todo, unit="curve") as bar:
-        for problem, name in bar:
-            bar.set_description(f"{problem.name}, {problem.sde_name}")
-            key = (problem.name, problem.kind)
-            if key not in exact:
-                exact[key] = reference(problem)
-            settings = settings_of(name, problem, effort)
-            points += sweep(problem, name, settings, exact[key])
+    """Every solver on every problem, in this order; the curves are spread over the cores."""
+    todo, points = list(problems(effort, kept_back)), []
+    with processes.pool() as pool:
+        found = pool.map(exact_samples, todo)
+        exact = list(tqdm(found, "exact solutions", len(todo), unit="problem"))
+        runs = [(named, solver, effort, x) for named, x in zip(todo, exact, strict=True) for solver in SOLVERS]
+        with tqdm(pool.map(sweep, *zip(*runs, strict=True)), total=len(runs), unit="curve") as bar:
+            for curve in bar:
+                points += curve
+                bar.set_description(f"{curve[-1].problem}, {curve[-1].sde}")
     return points
 
 
@@ -225,18 +233,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.solvers", description="Error against evaluations of the network, for ODE solvers."
     )
-    parser.add_argument(
-        "--quick", action="store_true", help="fewer problems, samples and settings, VP alone: under two minutes"
-    )
+    record.add_options(parser, "fewer problems, samples and settings, VP alone: under two minutes")
     parser.add_argument(
         "--kept-back", action="store_true", help="also the mixture that no solver was tuned on; not for use in tuning"
     )
-    default = Path(__file__).parent / "results"
-    parser.add_argument("--out", type=Path, default=default, help="folder; default: %(default)s")
     args = parser.parse_args()
+    torch.set_num_threads(1)  # as in the processes: this is what is written down
     points = measure(QUICK if args.quick else FULL, args.kept_back)
     found = curves(points)
-    write(args.out, found, points)
+    write(record.folder_of(args), found, points)
 
 
 def write(folder: Path, found: dict[Any, list[Point]], points: list[Point]) -> None:

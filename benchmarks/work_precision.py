@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from torch import Tensor
+import numpy as np
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Point:
     calls: int  # of the network, for the batch: what the slowest sample needed
     rms: float  # root mean square error over all samples
     median_rms: float  # of the median sample
-    each: Tensor = field(repr=False)  # evaluations of each sample, (B,)
+    each: np.ndarray = field(repr=False)  # evaluations of each sample, (B,)
 
 
 Curve = Sequence[Point]

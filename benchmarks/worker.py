@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from multiprocessing import get_context
@@ -14,10 +13,7 @@ import torch
 
 from . import digits
 from .cases import CASES, COPY, Run, Shape, copy_of
-
-# glibc would give freed arrays back to the system and fault them in again at the next step, which can cost more than
-# the step. Read when a process starts.
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
+from .processes import environment_of_children
 
 
 class Worker:
@@ -26,14 +22,9 @@ class Worker:
     def __init__(self, competitor: str, threads: int) -> None:
         context = get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        # numpy's matrix products, scipy's solvers have some, go by the environment.
-        wanted = ALLOCATOR | dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
-        before = {name: os.environ.get(name) for name in wanted}
-        os.environ.update(wanted)
         self.process = context.Process(target=_serve, args=(theirs, competitor, threads), daemon=True)
-        self.process.start()
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
+        with environment_of_children(threads):
+            self.process.start()
 
     def __getattr__(self, method: str) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
