@@ -12,7 +12,7 @@ ARGS ?=
 export MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test gpu-check lint format build clean
+.PHONY: help demo test benchmark gpu-check lint format build clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -23,6 +23,12 @@ demo: $(EXTENSION) ## draw 256 digits: out/digits.png, out/digits.npz, and the f
 
 test: $(EXTENSION) ## run the test suite (ARGS="-k loss" passes arguments to pytest)
 	$(RUN) -m pytest -n 2 $(ARGS)
+
+benchmark: $(EXTENSION) ## measure, and write README's numbers: an hour on two idle cores (ARGS=--quick: rehearse in out/benchmark)
+	$(RUN) -m benchmarks $(ARGS)
+	$(RUN) -m benchmarks.solvers --kept-back $(ARGS)
+	$(RUN) -m benchmarks.demo $(ARGS)
+	$(RUN) -m benchmarks.readme $(ARGS)
 
 gpu-check: ## on a GPU: build, test, sanitize and measure, with the Python that has a CUDA torch (ARGS=--rehearse: on a CPU)
 	$(PYTHON) -m benchmarks.gpu_check $(ARGS)

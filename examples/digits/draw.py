@@ -1,12 +1,13 @@
 """Draws digits with a trained network: python examples/digits/draw.py
 
 Integrates the probability-flow ODE by adaptive RK45, writes out/digits.png to look at and out/digits.npz to work with,
-and says how good the digits are.
+and says how good the digits are: printed, and as out/digits.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from pathlib import Path
 
@@ -69,6 +70,9 @@ def main() -> None:
     grid(images).save(args.out / "digits.png")
 
     q, threads = quality.measure(samples), torch.get_num_threads()
+    figures = {"samples": args.samples, "seed": args.seed, "tolerance": args.tolerance, "evaluations": nfe,
+               "seconds": seconds, "threads": threads, "quality": q._asdict()}  # fmt: skip
+    (args.out / "digits.json").write_text(json.dumps(figures, indent=1) + "\n")
     print(
         f"""
 {args.samples} digits in {seconds:.1f} s: {args.samples / seconds:.0f} a second, {nfe} evaluations of the network each
@@ -83,7 +87,8 @@ What the classifier sees in them (it is right on {100 * q.accuracy:.1f} % of the
     mean confidence {100 * q.confidence:.1f} %
 
 {args.out / "digits.png"}   to look at
-{args.out / "digits.npz"}   samples: uint8 {images.shape}"""
+{args.out / "digits.npz"}   samples: uint8 {images.shape}
+{args.out / "digits.json"}  these figures"""
     )
 
 
