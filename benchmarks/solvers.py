@@ -1,7 +1,7 @@
 """Error against evaluations of the network, for ODE solvers: ``python -m benchmarks.solvers``
 
 Every solver starts from the same noise and follows the same probability flow; errors are against a reference solved
-far more tightly. The work is spread over one process a core, each of one thread; on their number nothing depends but
+far more tightly. The work is spread over one process a core, each of one thread; nothing depends on their number but
 the time. Writes into ``benchmarks/results``: all points as ``solvers.csv``, the tables as ``solvers.md`` (also
 printed), machine, versions and summary as ``solvers.json``, and plots.
 """
