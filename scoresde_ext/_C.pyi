@@ -1,5 +1,7 @@
 from typing import TypedDict
 
+from torch import Tensor
+
 class CudaBuild(TypedDict):
     nvcc: str
     archs: str
@@ -13,6 +15,13 @@ class BuildInfo(TypedDict):
 
 def build_info() -> BuildInfo: ...
 def control_step(norm: float, h: float, after_rejection: bool, exponent: float) -> tuple[bool, float]: ...
+
+class calls:
+    @staticmethod
+    def filled(n: int, number: float, is_double: bool) -> Tensor: ...
+    @staticmethod
+    def total(numbers: Tensor) -> float: ...
+    # and the operators of torch.ops.scoresde_ext
 
 # Only in a build with CUDA:
 class DeviceLoop:

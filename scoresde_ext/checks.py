@@ -8,6 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+
+def traced() -> bool:
+    """Whether calls are recorded by torch.compile or the like: then they have to be torch's own, on its tensors."""
+    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
 
 
 def check_array(name: str, y: Any) -> None:

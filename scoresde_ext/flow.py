@@ -36,10 +36,9 @@ class ProbabilityFlow:
 
     def labels(self, t: Time, x: Tensor) -> Tensor:
         """What the network is given in place of ``t``."""
-        times = time_vector(t, x)
         if isinstance(t, Tensor):
-            return padded(lambda times: (self.score_fn.labels(times),), times)[0]
-        return self.score_fn.labels(times)
+            return padded(lambda times: (self.score_fn.labels(times),), time_vector(t, x))[0]
+        return self.score_fn.label(t, x)
 
     def marginal(self, t: Any) -> tuple[Any, Any, Any]:
         """``m, s, k``: mean factor and standard deviation of p(x_t | x_0), and the score's coefficient."""

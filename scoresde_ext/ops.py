@@ -16,21 +16,18 @@ coefficients or noise arrays that require gradients are answered by it.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from . import reference
-from .checks import check_state
+from . import _C, reference
+from .checks import check_state, traced
 from .reference import PROCESSES, Draw
 
-_ops = torch.ops.scoresde_ext
+_traced, _calls = torch.ops.scoresde_ext, _C.calls  # the operators, twice: see _op
 
 
 # ---- arguments ----
@@ -55,6 +52,8 @@ def _state(name: str, x: Any) -> None:
 
 def _array(name: str, t: Any, x: Tensor) -> Tensor:
     """An array that goes with ``x``, in the dtype of ``x``: a network under autocast may answer in another."""
+    if isinstance(t, Tensor) and t.is_cpu and x.is_cpu and t.dtype == x.dtype and not torch.is_grad_enabled():
+        return t  # the operator itself refuses another shape, in less time
     if not isinstance(t, Tensor) or not t.is_floating_point():
         got = t.dtype if isinstance(t, Tensor) else type(t).__name__
         raise TypeError(f"{name}: expected a floating-point tensor of shape {tuple(x.shape)}, got {got}.")
@@ -66,27 +65,10 @@ def _array(name: str, t: Any, x: Tensor) -> Tensor:
     return t if t.dtype == x.dtype else t.to(x.dtype)
 
 
-_LARGEST = torch.finfo(torch.float32).max
-
-
-@functools.lru_cache(maxsize=256)
-def _constant(v: float, sign: float, dtype: torch.dtype) -> Tensor:
-    """A number as a tensor on the CPU; ``sign`` tells 0.0 and -0.0 apart. Most come again at every step, and to make
-    one costs as much as a small kernel. By numpy: what an op of torch returned might belong to a transformation of
-    torch.func that is in force now."""
-    if dtype == torch.float64:
-        return torch.from_numpy(np.array((v,), np.float64))
-    if abs(v) > _LARGEST and math.isfinite(v):  # as tensors are rounded; numpy would warn
-        v = math.copysign(math.inf, v)
-    return torch.from_numpy(np.array((v,), np.float32))
-
-
-def _number(name: str, v: Any, x: Tensor) -> Tensor:
-    """A coefficient as a tensor of one element or ``(B,)``."""
+def _number(name: str, v: Any, x: Tensor) -> Any:
+    """A coefficient as a tensor of one element or ``(B,)``; or, as direct calls on the CPU take it, as a number."""
     if isinstance(v, (int, float)):
-        if x.is_cpu and not torch.compiler.is_compiling() and not is_in_torch_dispatch_mode():
-            return _constant(v, math.copysign(1.0, v), compute_dtype(x))
-        return torch.full((1,), v, dtype=compute_dtype(x), device=x.device)
+        return v if x.is_cpu and not traced() else torch.full((1,), v, dtype=compute_dtype(x), device=x.device)
     if not isinstance(v, Tensor) or not v.is_floating_point():
         got = v.dtype if isinstance(v, Tensor) else type(v).__name__
         raise TypeError(f"{name}: expected a number or a floating-point tensor of one element or (B,), got {got}.")
@@ -98,7 +80,7 @@ def _number(name: str, v: Any, x: Tensor) -> Tensor:
     return v
 
 
-def number(v: float | Tensor, x: Tensor) -> Tensor:
+def number(v: float | Tensor, x: Tensor) -> float | Tensor:
     """A coefficient of several calls that go with ``x``, made once."""
     return _number("v", v, x)
 
@@ -129,7 +111,7 @@ def _matrix(c: Any, n_terms: int, x: Tensor) -> Tensor:
     return c
 
 
-def _network(out: Any, q: Any, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def _network(out: Any, q: Any, x: Tensor) -> tuple[Tensor | None, Any]:
     """The network's output and its coefficient: both or neither."""
     if (out is None) != (q is None):
         raise ValueError("out, q: expected both or neither.")
@@ -162,12 +144,8 @@ def _streams(key: Any, ids: Any, device: torch.device) -> tuple[Tensor, Tensor |
     return key, ids
 
 
-def _needs_reference(*numbers: Tensor | None) -> bool:
-    if torch.is_grad_enabled():
-        for v in numbers:
-            if v is not None and v.requires_grad:
-                return True
-    return False
+def _needs_reference(*arguments: Tensor | float | None) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in arguments)
 
 
 def _op(name: str, x: Tensor) -> Callable[..., Any]:
@@ -179,7 +157,9 @@ def _op(name: str, x: Tensor) -> Callable[..., Any]:
                 f"scoresde_ext.ops.{name} has no kernel for {x.device} in this build. Move the tensors to the CPU, "
                 "or, for CUDA, rebuild where nvcc is found (`python -m scoresde_ext info` shows what was built)."
             )
-    return getattr(_ops, name)
+    # torch.ops is what a traced program calls. It takes longer than the kernels of a small batch: its arguments become
+    # boxed values, its results come out of them.
+    return getattr(_traced if traced() else _calls, name)
 
 
 # ---- affine ----
@@ -243,7 +223,7 @@ def perturb_keeping(x0: Tensor, m: Tensor | float, s: Tensor | float, draw: Draw
         if x0.is_cpu and not torch.compiler.is_compiling():
             check_state("x0", x0)
         return perturb(x0, m, s, draw), draw
-    x, z = _ops.perturb_keeping(x0, ms, ss, *noise[1:], len(x0) * 15 // 16)
+    x, z = _op("perturb_keeping", x0)(x0, ms, ss, *noise[1:], len(x0) * 15 // 16)
     return x, draw._replace(z=z)
 
 
@@ -381,13 +361,12 @@ def _drift_stage(
     _state("y", y)
     outs, (xs, at) = _array("out", out, y), _point(x, y)
     hs, fs, qs = _number("h", h, y), None if f is None else _number("f", f, y), _number("q", q, y)
-    # Where no gradient can be asked for, the operator itself refuses slopes that do not go with y.
-    slopes = [_array("ks", k, y) for k in ks] if torch.is_grad_enabled() else list(ks)
+    slopes = [_array("ks", k, y) for k in ks]
     if _needs_reference(y, hs, xs, outs, fs, qs, *slopes):
         lines = a if name == "rk_last_stage" else a[0]
         k, *sums = getattr(reference, name)(y, slopes, lines, hs, at if xs is None else xs, outs, fs, qs)
         return (*sums, k) if keep else sums
-    flat = [c for line in a for c in line]
+    flat = a[0] if len(a) == 1 else [c for line in a for c in line]
     return _op("rk_drift_stage", y)(y, slopes, flat, hs, xs, at, outs, fs, qs, states, keep)
 
 
@@ -491,7 +470,7 @@ def squares_of_noise(draw: Draw, like: Tensor) -> tuple[Draw, Tensor]:
     which costs less to keep than to generate again."""
     if like.is_cpu and draw.key is not None and like.dtype == torch.float32:
         _generated(draw.key, draw.ids, like.shape)
-        z, squares = _ops.noise_with_squares(draw.key, draw.ids, draw.draw, like.shape)
+        z, squares = _op("noise_with_squares", like)(draw.key, draw.ids, draw.draw, like.shape)
         return Draw(z), squares
     if like.is_cpu:
         draw = Draw(materialize(draw, like))

@@ -1,5 +1,7 @@
 """Derivatives of the ops, and what PyTorch asks of every operator: schema, fake implementation, tracing."""
 
+import copy
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,8 +10,9 @@ import torch
 from op_table import COEFFICIENTS, OPS, Arguments, Op, arguments, compute_dtype
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
+from torch.utils._pytree import tree_leaves
 
-from scoresde_ext import ops, reference
+from scoresde_ext import _C, ops, reference
 from scoresde_ext.ops import Draw
 
 KEY, IDS = torch.tensor([3, 5]), torch.tensor([4, 0, 2**40])
@@ -108,11 +111,33 @@ def test_samples_cover_every_operator() -> None:
         s.split("::")[1].split(".")[0] for s in torch._C._dispatch_get_all_op_names() if "scoresde_ext::" in s
     }
     assert registered == set(SAMPLES)
+    assert registered == {name for name in dir(_C.calls) if name[0] != "_"} - {"filled", "total"}
 
 
 @pytest.mark.parametrize(("name", "number"), [(name, i) for name, these in SAMPLES.items() for i in range(len(these))])
 def test_opcheck(name: str, number: int) -> None:
     torch.library.opcheck(getattr(torch.ops.scoresde_ext, name).default, SAMPLES[name][number])
+
+
+@pytest.mark.parametrize(("name", "number"), [(name, i) for name, these in SAMPLES.items() for i in range(len(these))])
+def test_direct_call(name: str, number: int) -> None:
+    """Past torch.ops: the same results to the bit."""
+    arguments = SAMPLES[name][number]
+    direct, through_torch = (copy.deepcopy(arguments) for _ in range(2))
+    results = getattr(_C.calls, name)(*direct)
+    expected = getattr(torch.ops.scoresde_ext, name).default(*through_torch)
+    for got, wanted in zip(tree_leaves((results, direct)), tree_leaves((expected, through_torch)), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=0, check_stride=isinstance(got, Tensor))
+
+
+def test_numbers_of_direct_calls() -> None:
+    """A number stands for a tensor of one element, rounded as that would be."""
+    x, out = array(torch.float32, False), array(torch.float32, False)
+    for p in (0.1, 3, -0.0, math.inf, 1e39, 1e-46, math.nan):
+        wanted = _C.calls.affine(x, out, torch.tensor([float(p)]), torch.tensor([0.7]))
+        torch.testing.assert_close(_C.calls.affine(x, out, p, 0.7), wanted, rtol=0, atol=0, equal_nan=True)
+    with pytest.raises(TypeError):
+        _C.calls.affine(x, out, "0.5", 0.7)
 
 
 # --- first and second derivatives -------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 // First and higher derivatives of the operators. In C++, because the bookkeeping of a Python function takes longer than
 // the kernels of a small batch.
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/add.h>
 #include <ATen/ops/mul.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -9,31 +8,15 @@
 
 #include <algorithm>
 
+#include "torch/operators.h"
+
 namespace scoresde {
 namespace {
 
-using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::Function;
 using torch::autograd::get_current_graph_task_keep_graph;
 using torch::autograd::variable_list;
-using OptTensor = std::optional<Tensor>;
-
-// The C++ signatures of the operators of ops.cpp.
-using AffineOp = Tensor(const Tensor& x, const OptTensor& out, const Tensor& p, const OptTensor& q);
-using AffineNoiseOp = std::tuple<Tensor, Tensor>(const Tensor& x, const OptTensor& out, const Tensor& p,
-                                                 const OptTensor& q, const Tensor& n, const OptTensor& z,
-                                                 const OptTensor& key, const OptTensor& ids, int64_t draw);
-using PerturbOp = Tensor(const Tensor& x, const Tensor& m, const Tensor& s, const OptTensor& z, const OptTensor& key,
-                         const OptTensor& ids, int64_t draw);
-using ScoreLossOp = std::tuple<Tensor, Tensor>(const Tensor& out, const OptTensor& c, const OptTensor& d,
-                                               const Tensor& w, const OptTensor& z, const OptTensor& key,
-                                               const OptTensor& ids, int64_t draw, bool with_grad, bool total);
-
-template <class Op>
-auto find(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Op>();
-}
 
 // Arguments that have no derivative, kept out of sight of the graph.
 struct Constants {
@@ -63,7 +46,7 @@ Tensor scaled(const Tensor& g, const Tensor& c, bool wanted) {
     shape[0] = c.numel();
     return at::mul(c.reshape(shape), g).to(g.scalar_type());
   }
-  static const auto op = find<AffineOp>("scoresde_ext::affine");
+  static const auto op = find<signatures::affine>("affine");
   return op.call(g, {}, c, {});
 }
 
@@ -71,7 +54,7 @@ Tensor sum(const Tensor& a, const Tensor& b) { return !a.defined() ? b : !b.defi
 
 struct Affine : Function<Affine> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const OptTensor& out, const Constants& c) {
-    static const auto op = find<AffineOp>("scoresde_ext::affine");
+    static const auto op = find<signatures::affine>("affine");
     const at::AutoDispatchBelowADInplaceOrView below;
     ctx->save_for_backward({value(c.p), value(c.q)});
     return op.call(x, out, *c.p, c.q);
@@ -88,7 +71,7 @@ struct Affine : Function<Affine> {
 struct AffineNoise : Function<AffineNoise> {
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const OptTensor& out, const OptTensor& z,
                                const Constants& c) {
-    static const auto op = find<AffineNoiseOp>("scoresde_ext::affine_noise");
+    static const auto op = find<signatures::affine_noise>("affine_noise");
     const at::AutoDispatchBelowADInplaceOrView below;
     ctx->save_for_backward({value(c.p), value(c.q), *c.n});
     // Only arguments that are there have an edge in the graph.
@@ -111,7 +94,7 @@ struct AffineNoise : Function<AffineNoise> {
 
 struct Perturb : Function<Perturb> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const OptTensor& z, const Constants& c) {
-    static const auto op = find<PerturbOp>("scoresde_ext::perturb");
+    static const auto op = find<signatures::perturb>("perturb");
     const at::AutoDispatchBelowADInplaceOrView below;
     ctx->save_for_backward({*c.p, *c.n});
     ctx->saved_data["with_z"] = z.has_value();
@@ -146,7 +129,7 @@ bool is_all_ones(const Tensor& g) {
 
 struct ScoreLoss : Function<ScoreLoss> {
   static variable_list forward(AutogradContext* ctx, const Tensor& out, const LossConstants& k) {
-    static const auto op = find<ScoreLossOp>("scoresde_ext::score_loss");
+    static const auto op = find<signatures::score_loss>("score_loss");
     const at::AutoDispatchBelowADInplaceOrView below;
     const auto [loss, grad] = op.call(out, k.c, k.d, k.w, k.z, k.key, k.ids, k.draw, k.with_grad, k.total);
     ctx->save_for_backward({grad, value(k.c), k.w});
@@ -181,7 +164,7 @@ struct ScoreLoss : Function<ScoreLoss> {
 
 Tensor affine(const Tensor& x, const OptTensor& out, const Tensor& p, const OptTensor& q) {
   if (recorded({x, out})) return Affine::apply(x, out, Constants{p, q});
-  static const auto op = find<AffineOp>("scoresde_ext::affine");
+  static const auto op = find<signatures::affine>("affine");
   const at::AutoDispatchBelowADInplaceOrView below;
   return op.call(x, out, p, q);
 }
@@ -193,7 +176,7 @@ std::tuple<Tensor, Tensor> affine_noise(const Tensor& x, const OptTensor& out, c
     const variable_list results = AffineNoise::apply(x, out, z, Constants{p, q, n, key, ids, draw});
     return {results[0], results[1]};
   }
-  static const auto op = find<AffineNoiseOp>("scoresde_ext::affine_noise");
+  static const auto op = find<signatures::affine_noise>("affine_noise");
   const at::AutoDispatchBelowADInplaceOrView below;
   return op.call(x, out, p, q, n, z, key, ids, draw);
 }
@@ -201,7 +184,7 @@ std::tuple<Tensor, Tensor> affine_noise(const Tensor& x, const OptTensor& out, c
 Tensor perturb(const Tensor& x, const Tensor& m, const Tensor& s, const OptTensor& z, const OptTensor& key,
                const OptTensor& ids, int64_t draw) {
   if (recorded({x, z})) return Perturb::apply(x, z, Constants{m, {}, s, key, ids, draw});
-  static const auto op = find<PerturbOp>("scoresde_ext::perturb");
+  static const auto op = find<signatures::perturb>("perturb");
   const at::AutoDispatchBelowADInplaceOrView below;
   return op.call(x, m, s, z, key, ids, draw);
 }
@@ -213,7 +196,7 @@ std::tuple<Tensor, Tensor> score_loss(const Tensor& out, const OptTensor& c, con
     const variable_list results = ScoreLoss::apply(out, LossConstants{c, d, w, z, key, ids, draw, with_grad, total});
     return {results[0], results[1]};
   }
-  static const auto op = find<ScoreLossOp>("scoresde_ext::score_loss");
+  static const auto op = find<signatures::score_loss>("score_loss");
   const at::AutoDispatchBelowADInplaceOrView below;
   return op.call(out, c, d, w, z, key, ids, draw, with_grad, total);
 }

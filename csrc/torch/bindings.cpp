@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "kernels/kernels.h"
+#include "torch/calls.h"
 
 namespace py = pybind11;
 
@@ -96,6 +97,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
              "instruction set its CPU kernels use on this machine (cpu_capability).");
   module.def("control_step", &control_step, py::arg("norm"), py::arg("h"), py::arg("after_rejection"),
              py::arg("exponent"), "ops.rk_control for numbers: whether the step is accepted, and the next h.");
+  py::module_ calls = module.def_submodule("calls", "The operators, as functions.");
+  scoresde::define_calls(calls);
 #ifdef SCORESDE_EXT_WITH_CUDA
   py::class_<DeviceLoop>(module, "DeviceLoop", "A captured step that the device repeats while a flag is not 0.")
       .def(py::init<uintptr_t, uintptr_t>(), py::arg("step"), py::arg("flag"))

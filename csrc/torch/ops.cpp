@@ -1,8 +1,8 @@
 // The operators: schemas, argument checks, layouts, and dispatch to csrc/kernels. scoresde_ext/ops.py documents each
 // one.
 #include <ATen/DeviceAccelerator.h>
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <c10/core/DeviceGuard.h>
@@ -13,12 +13,10 @@
 #include <vector>
 
 #include "kernels/kernels.h"
+#include "torch/operators.h"
 
 namespace scoresde {
 namespace {
-
-using at::Tensor;
-using OptTensor = std::optional<Tensor>;
 
 // ---- argument checks ----
 
@@ -63,6 +61,12 @@ Shape shape_of(const Tensor& t, const char* name) {
 
 // ---- layouts ----
 
+// A new contiguous array on the device of `like`. On the CPU without the dispatcher, which is most of what it would
+// take.
+Tensor empty(at::IntArrayRef size, at::ScalarType dtype, const Tensor& like) {
+  return like.is_cpu() ? Tensor(at::detail::empty_cpu(size, dtype)) : at::empty(size, like.options().dtype(dtype));
+}
+
 // Brings every array of a call into one element order. The order of `like` itself serves where its rows are dense
 // (contiguous, channels_last, ...). Generated noise is indexed in logical order: it asks for contiguous arrays, or, on
 // CUDA, for channels_last.
@@ -87,7 +91,9 @@ class Layout {
     return t.strides() == like_.strides() ? t : at::empty_like(like_).copy_(t);
   }
 
-  Tensor output() const { return direct_ ? at::empty_like(like_) : at::empty(like_.sizes(), like_.options()); }
+  Tensor output() const {
+    return direct_ && !like_.is_contiguous() ? at::empty_like(like_) : empty(like_.sizes(), like_.scalar_type(), like_);
+  }
 
   // Results always have the strides of torch.empty_like(like).
   Tensor result(const Tensor& computed) const { return direct_ ? computed : at::empty_like(like_).copy_(computed); }
@@ -120,8 +126,11 @@ struct Numbers {
     TORCH_CHECK_VALUE(t.device() == x.device(), name, ": expected device ", x.device(), ", got ", t.device(),
                       ". Move it with .to().");
     TORCH_CHECK_TYPE(t.is_floating_point(), name, ": expected a floating-point tensor, got ", t.scalar_type(), ".");
-    const bool is_read = x.is_cuda() && (t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble);
-    held = is_read ? t : t.to(compute_type(x)).contiguous();
+    // Kernels read float32 and float64; the loops of a CPU take one number a sample in their own type.
+    const bool is_read =
+        (x.is_cuda() || t.numel() == 1) && (t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble);
+    held = is_read || t.scalar_type() == compute_type(x) ? t : t.to(compute_type(x));
+    if (!is_read) held = held.contiguous();
     coefficient = {held.const_data_ptr(), held.numel() == 1 ? 0 : held.stride(0), held.scalar_type() == at::kDouble};
   }
   Numbers(const OptTensor& t, const char* name, const Tensor& x) {
@@ -232,7 +241,7 @@ void run(void (*cpu_kernel)(const Args&, int64_t, int64_t), const Args& args, at
 // Where a kernel leaves the sums of its tiles: (rows, tiles a row).
 Tensor partial_sums(Shape shape, const Tensor& like) {
   const int64_t tiles = shape.cols == 0 ? 0 : Tiling(shape.rows, shape.cols).tiles_per_row;
-  return at::empty({shape.rows, tiles}, like.options().dtype(at::kDouble));
+  return empty({shape.rows, tiles}, at::kDouble, like);
 }
 
 template <class A>
@@ -251,7 +260,7 @@ void sum_on_cpu(const SumArgs& args) {
 
 // w sum_i partials[row, i], without w where that is none, of the rows in `partials`.
 Tensor sum_rows(const Tensor& partials, at::IntArrayRef rows, const Numbers& w, at::ScalarType dtype) {
-  const Tensor sums = at::empty(rows, partials.options().dtype(dtype));
+  const Tensor sums = empty(rows, dtype, partials);
   const int64_t n = sums.numel();
   const SumArgs args{
       dtype_of(sums, "sums"), n, n == 0 ? 0 : partials.numel() / n, partials.const_data_ptr<double>(), w.coefficient,
@@ -335,7 +344,7 @@ std::tuple<Tensor, Tensor> perturb_keeping(const Tensor& x, const Tensor& m, con
   const Numbers ms(m, "m", x), ss(s, "s", x);
   std::vector<int64_t> size = x.sizes().vec();
   size[0] = kept;
-  const Tensor next = layout.output(), z = at::empty(size, x.options());
+  const Tensor next = layout.output(), z = empty(size, at::kFloat, x);
   AffineArgs args{DType::f32, shape.rows, shape.cols};
   args.x = xs.const_data_ptr(), args.p = ms.coefficient, args.n = ss.coefficient, args.noise = noise.noise;
   args.next = next.mutable_data_ptr(), args.z = z.mutable_data_ptr<float>(), args.z_rows = kept;
@@ -364,7 +373,7 @@ std::tuple<Tensor, Tensor> score_loss(const Tensor& out, const OptTensor& c, con
   const Tensor outs = layout.input(out, "out");
   const Numbers cs(c, "c", out), ds(d, "d", out), ws(w, "w", out);
   const Tensor partials = partial_sums(shape, out);
-  const Tensor grad = with_grad ? layout.output() : at::empty({0}, out.options());
+  const Tensor grad = with_grad ? layout.output() : empty({0}, out.scalar_type(), out);
   const ResidualArgs args{dtype, shape.rows, shape.cols, outs.const_data_ptr(), cs.coefficient, ds.coefficient,
                           ws.coefficient, noise.noise,
                           // a weight of one over the batch's elements would underflow in half precision
@@ -582,7 +591,8 @@ std::tuple<Tensor, Tensor, Tensor> marginal(const Tensor& u, double first, doubl
   const Process kind = static_cast<Process>(process);
   const double p = kind == Process::ve ? a : 0.25 * (b - a), q = kind == Process::ve ? std::log(b / a) : 0.5 * a;
   const Tensor us = u.contiguous();
-  const Tensor t = at::empty(u.sizes(), u.options()), m = at::empty_like(t), s = at::empty_like(t);
+  const Tensor t = empty(u.sizes(), u.scalar_type(), u), m = empty(u.sizes(), u.scalar_type(), u),
+               s = empty(u.sizes(), u.scalar_type(), u);
   const MarginalArgs args{dtype_of(u, "u"),
                           u.numel(),
                           us.const_data_ptr(),
@@ -626,7 +636,7 @@ void put(const Tensor& into, const Tensor& values, const Tensor& chosen) {
 
 Tensor run_noise(const Tensor& key, const OptTensor& ids, int64_t draw, at::IntArrayRef size, Law law, uint64_t high,
                  at::ScalarType dtype, double* squares = nullptr) {
-  const Tensor values = at::empty(size, key.options().dtype(dtype));
+  const Tensor values = empty(size, dtype, key);
   const Shape shape = shape_of(values, "size");
   const NoiseInput noise(key, ids, draw, shape, key.device());
   run(cpu_kernels().noise,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import graphs, ops
-from .._C import control_step
+from .._C import calls, control_step
 from ..reference import rows
 from .drift import Terms, Time
 from .results import Status
@@ -62,7 +62,7 @@ class RungeKutta(Run):
             for y, term in zip(ys, self.evaluate(t, ys), strict=True)
         )
 
-    def stages(self, t: Time, t_new: Time, first: State) -> tuple[list[Part], Tensor]:
+    def stages(self, t: Time, t_new: Time, first: State) -> tuple[list[Part], Time]:
         """One step from ``t`` to ``t_new``, and its size as the kernels take it."""
         tableau, h = self.tableau, t_new - t
         lines, last = self.lines, len(tableau.b) - 1
@@ -80,7 +80,7 @@ class RungeKutta(Run):
             part.new = part.x
         return parts, step
 
-    def advance(self, part: Part, term: Terms, i: int, lines: Sequence[Sequence[float]], h: Tensor) -> None:
+    def advance(self, part: Part, term: Terms, i: int, lines: Sequence[Sequence[float]], h: Time) -> None:
         """Takes in evaluation ``i`` of a step."""
         x: Any = part.x if self.reads_points else lines[i - 1]
         out, f, q = term.out, term.factor, term.q
@@ -200,7 +200,8 @@ class OneNorm(RungeKutta):
         self.elements = int(self.running.sum()) * sum(math.prod(y.shape[1:]) for y in self.ys)
 
     def norm(self, sums: Tensor) -> float:
-        return float((sums if self.whole else sums[self.running]).sum())
+        sums = sums if self.whole else sums[self.running]
+        return calls.total(sums) if sums.is_cpu else float(sums.sum())
 
     def rms(self, ks: Sequence[Sequence[Tensor]], e: Sequence[float]) -> float:
         return math.sqrt(self.norm(self.squares(self.ys, ks, e, 1.0)) / max(self.elements, 1))

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import sde_lib
-from ..checks import check_inputs
+from .._C import calls
+from ..checks import check_inputs, traced
+from ..integrate.drift import time_vector
 from ..reference import rows
 
 Network = Callable[[Tensor, Tensor], Tensor]
@@ -124,7 +126,7 @@ class CheckedNetwork:
 
 
 class ScoreFunction:
-    """``score(x, t) = k(t) out`` with ``out = network(x, labels(t))``.
+    """``score(x, t) = k(t) out`` with ``out = network(x, labels(t))``; ``labels`` may be a number, for ``labels * t``.
 
     Called, it returns the score, shape ``(B, *)``, at states ``x`` and times ``t`` ``(B,)``. :meth:`terms` leaves the
     product to the kernels. ValueError for times and states as in ``marginal_prob``, and for an output of another shape.
@@ -134,12 +136,23 @@ class ScoreFunction:
         self,
         sde: sde_lib.SDE,
         network: Network,
-        labels: Callable[[Tensor], Tensor],
+        labels: Callable[[Tensor], Tensor] | float,
         coefficient: Callable[[Any], Any],
         predicts_noise: bool = False,
     ) -> None:
-        self.sde, self.network, self.labels, self.coefficient = sde, network, labels, coefficient
+        self.sde, self.network, self.coefficient = sde, network, coefficient
+        self.labels = labels if callable(labels) else lambda t: t * labels
+        self.scale = None if callable(labels) else float(labels)
         self.predicts_noise = predicts_noise  # score = -out / std(t)
+
+    def label(self, t: float, like: Tensor) -> Tensor:
+        """The labels of a batch ``like`` that has one time."""
+        if self.scale is None or not like.is_cpu or traced():
+            return self.labels(time_vector(t, like))
+        # The same numbers: a product of float32 numbers in double precision is rounded once. A product of tensors takes
+        # longer than all else that a small batch needs between two evaluations.
+        is_double = like.dtype == torch.float64
+        return calls.filled(len(like), (t if is_double else float(np.float32(t))) * self.scale, is_double)
 
     def terms(self, x: Tensor, t: Tensor, at: Any) -> tuple[Tensor, Any]:
         """``(out, k)``; k at the time ``at``, ``t`` itself or the number that all of it is."""
@@ -172,11 +185,9 @@ def make_score_fn(sde: sde_lib.SDE, network: Callable[[Tensor, Tensor], Tensor],
     if isinstance(sde, (sde_lib.VPSDE, sde_lib.subVPSDE)):
         if continuous or isinstance(sde, sde_lib.subVPSDE):
             std = _marginal_std(sde)
-            return ScoreFunction(sde, network, lambda t: t * 999, lambda t: -1.0 / std(t), True)
+            return ScoreFunction(sde, network, 999, lambda t: -1.0 / std(t), True)
 
-        return ScoreFunction(
-            sde, network, lambda t: t * (sde.N - 1), lambda t: -1.0 / sde.row("sqrt_1m_alphas_cumprod", t)
-        )
+        return ScoreFunction(sde, network, sde.N - 1, lambda t: -1.0 / sde.row("sqrt_1m_alphas_cumprod", t))
     if isinstance(sde, sde_lib.VESDE):
         if continuous:
             return ScoreFunction(sde, network, _marginal_std(sde), lambda t: 1.0)
