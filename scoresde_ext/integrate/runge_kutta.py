@@ -195,9 +195,12 @@ class _Failed(Exception):
 class OneNorm(RungeKutta):
     """One norm for the batch: of the samples that run, as if there were no others."""
 
-    def count_elements(self) -> None:
-        self.whole = bool(self.running.all())
-        self.elements = int(self.running.sum()) * sum(math.prod(y.shape[1:]) for y in self.ys)
+    def count_elements(self) -> bool:
+        """Of the samples that run; whether there are any."""
+        n = int(self.running.sum())
+        self.whole = n == len(self.status)
+        self.elements = n * sum(math.prod(y.shape[1:]) for y in self.ys)
+        return n > 0
 
     def norm(self, sums: Tensor) -> float:
         sums = sums if self.whole else sums[self.running]
@@ -239,8 +242,7 @@ class Joint(OneNorm):
         self.exponent = -1.0 / (tableau.error_order + 1)
 
     def integrate(self) -> None:
-        while bool(self.running.any()):
-            self.count_elements()
+        while self.count_elements():
             before = self.nfe
             self.t, self.ys, self.times, self.step_sizes, self.error_norms = self.start, self.y0, [self.start], [], []
             status = Status.SUCCESS
@@ -257,7 +259,7 @@ class Joint(OneNorm):
                     (self.n_accepted, len(self.times) - 1),
                     (self.n_rejected, len(self.step_sizes) - len(self.times) + 1),
                 ):
-                    counts[running] = value
+                    counts.masked_fill_(running, value)
             self.end_as(which, status)
 
     def to_the_end(self) -> None:
@@ -485,8 +487,7 @@ class JointOnDevice(OneNorm, PerSample):
     per_sample = False
 
     def integrate(self) -> None:
-        while bool(self.running.any()):
-            self.count_elements()
+        while self.count_elements():
             self.times, self.step_sizes, self.error_norms = [self.start], [], []
             for counts in (self.evaluations, self.n_accepted, self.n_rejected):
                 counts[self.running] = 0
