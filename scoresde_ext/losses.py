@@ -107,8 +107,7 @@ def get_sde_loss_fn(
         check_array("batch", batch)
         mutils.ensure_mode(model, train)
         score_fn = mutils.make_score_fn(sde, mutils.CheckedNetwork(model), continuous)
-        u = noise.uniform(batch.new_empty(len(batch), dtype=ops.compute_dtype(batch)))
-        draw = noise.normal(batch)
+        u, draw = noise.times_and_normal(batch)
         weight = _reduction(batch, reduce_mean)
         if not affine:
             check_state("batch", batch)

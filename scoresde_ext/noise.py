@@ -24,6 +24,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from . import ops
+from ._C import calls
+from .checks import traced
 from .reference import Draw
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "seeded",
     "seeds",
     "streams",
+    "times_and_normal",
     "torch_draws",
     "uniform",
 ]
@@ -59,6 +62,8 @@ class Source(Protocol):
 def _new_key(device: torch.device) -> Tensor:
     # On the device and from its generator: no copy, no synchronisation, and a captured graph refreshes it at each
     # replay.
+    if device.type == "cpu" and not traced():
+        return calls.new_key()
     return torch.randint(2**62, (2,), device=device)
 
 
@@ -285,6 +290,17 @@ def streams(like: Tensor) -> tuple[Tensor, Tensor]:
 def uniform(like: Tensor) -> Tensor:
     """The next draw, uniform on [0, 1), of the shape, device and dtype of ``like``."""
     return _in_force.source.uniform(like)
+
+
+def times_and_normal(batch: Tensor) -> tuple[Tensor, Draw]:
+    """The two draws of a training step: uniform on [0, 1), one a sample, ``(B,)`` in the batch's compute dtype; and
+    normal noise. One key of torch's generator serves both."""
+    dtype = ops.compute_dtype(batch)
+    if not isinstance(_in_force.source, _Generator):
+        return uniform(batch.new_empty(len(batch), dtype=dtype)), normal(batch)
+    key = _new_key(batch.device)
+    u = ops.noise_uniform(key, None, 0, (len(batch),))
+    return u if u.dtype == dtype else u.to(dtype), Draw(key=key, draw=1)
 
 
 def integers(high: int, like: Tensor) -> Tensor:

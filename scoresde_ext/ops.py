@@ -135,9 +135,7 @@ def _noise(draw: Any, x: Tensor, kept: bool = False) -> tuple[Tensor | None, Ten
 
 
 def _streams(key: Any, ids: Any, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    for name, t in (("key", key), ("ids", ids)):
-        if t is None and name == "ids":
-            continue
+    for name, t in (("key", key),) if ids is None else (("key", key), ("ids", ids)):
         if not isinstance(t, Tensor) or t.device != device or t.dtype != torch.int64:
             got = f"{t.dtype} on {t.device}" if isinstance(t, Tensor) else type(t).__name__
             raise ValueError(f"{name}: expected an int64 tensor on {device}, got {got}.")

@@ -13,7 +13,7 @@ from op_table import Results, all_arguments, check, results_of_all
 from scipy import stats
 from torch import Tensor
 
-from scoresde_ext import noise, ops, reference
+from scoresde_ext import _C, noise, ops, reference
 
 KEY = torch.tensor([0x0123456789ABCDEF, 3])
 LAWS = {
@@ -66,6 +66,14 @@ def test_words_are_the_references(key: tuple[int, int], ids: list[int] | None) -
             normal = ops.noise_normal(keys, streams, draw, size)
             assert normal.dtype == torch.float32
             assert ulps_apart(normal, reference.noise_normal(keys, streams, draw, size)).max() <= 4
+
+
+@pytest.mark.parametrize("rows", [0, 1, 15, 16, 17, 255, 256, 257, 1000])
+def test_one_number_a_sample(rows: int) -> None:
+    """The times of a training step have loops of their own."""
+    key = torch.tensor([-(2**40) + 7, 5])
+    for ids in (None, torch.randint(-(2**62), 2**62, (rows, 2))[:, 0]):
+        assert torch.equal(ops.noise_uniform(key, ids, 3, (rows,)), reference.noise_uniform(key, ids, 3, (rows,)))
 
 
 def ulps_apart(x: Tensor, y: Tensor) -> Tensor:
@@ -273,3 +281,28 @@ def test_sources_of_noise() -> None:
     key = noise.normal(x).key
     assert torch.equal(drawn[0], ops.noise_normal(key, None, 0, (3, 5)))
     assert torch.equal(drawn[1], ops.noise_normal(key, None, 1, (3, 5)))
+
+
+def test_keys_are_drawn_as_torch_draws_integers() -> None:
+    torch.manual_seed(4)
+    wanted = [torch.randint(2**62, (2,)) for _ in range(3)]
+    torch.manual_seed(4)
+    for key in wanted:
+        assert torch.equal(_C.calls.new_key(), key)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_draws_of_a_training_step(dtype: torch.dtype) -> None:
+    """Of one key, unless another source is in force; times do not depend on the noise."""
+    x = torch.zeros(3, 5, dtype=dtype)
+    torch.manual_seed(4)
+    key = _C.calls.new_key()
+    torch.manual_seed(4)
+    u, draw = noise.times_and_normal(x)
+    assert u.dtype == ops.compute_dtype(x) and torch.equal(u.float(), ops.noise_uniform(key, None, 0, (3,)))
+    assert torch.equal(ops.materialize(draw, x), ops.noise_normal(key, None, 1, (3, 5)).to(dtype))
+    with noise.seeds(77, [4, 9, 1]):
+        u, draw = noise.times_and_normal(x)
+    with noise.seeds(77, [4, 9, 1]):
+        assert torch.equal(u, noise.uniform(torch.empty(3, dtype=u.dtype)))
+        assert torch.equal(ops.materialize(draw, x), noise.normal_tensor(x))

@@ -146,20 +146,8 @@ void order_by_element(const float (&words)[4][Blocks::most], int64_t rows, int64
   }
 }
 
-// Standard normals of a tile, in element order.
-inline void fill_normals(const Noise& noise, const Tile& t, int64_t cols, float* z) {
-  const int64_t width = t.rows == 1 ? t.n : cols;
-#ifdef SCORESDE_VECTOR
-  constexpr int64_t group = 4 * group_blocks;
-  if (t.rows == 1 || width % group == 0 || width >= 2 * group) {
-    for (int64_t r = 0; r < t.rows; ++r) {
-      normals_of_stream(stream_of(noise, t.row + r), static_cast<uint32_t>(t.col / 4), width, z + r * width);
-    }
-    return;
-  }
-#endif
-  const int64_t blocks = (width + 3) / 4;
-  Blocks b;
+// The blocks of a tile's rows, or of its piece of one.
+inline void set_blocks(const Noise& noise, const Tile& t, int64_t blocks, Blocks& b) {
   b.n = t.rows * blocks;
   const auto number_blocks = [&](auto id_of, int64_t blocks_a_row) {
     for (int64_t r = 0; r < t.rows; ++r) {
@@ -179,6 +167,22 @@ inline void fill_normals(const Noise& noise, const Tile& t, int64_t cols, float*
   } else {
     noise.ids ? number_blocks(given, blocks) : number_blocks(number, blocks);
   }
+}
+
+// Standard normals of a tile, in element order.
+inline void fill_normals(const Noise& noise, const Tile& t, int64_t cols, float* z) {
+  const int64_t width = t.rows == 1 ? t.n : cols;
+#ifdef SCORESDE_VECTOR
+  constexpr int64_t group = 4 * group_blocks;
+  if (t.rows == 1 || width % group == 0 || width >= 2 * group) {
+    for (int64_t r = 0; r < t.rows; ++r) {
+      normals_of_stream(stream_of(noise, t.row + r), static_cast<uint32_t>(t.col / 4), width, z + r * width);
+    }
+    return;
+  }
+#endif
+  Blocks b;
+  set_blocks(noise, t, (width + 3) / 4, b);
   alignas(64) float words[4][Blocks::most];
   const Stream s = stream_of(noise, t.row);
   if (width <= 2) {
@@ -273,6 +277,16 @@ inline void noise_tiles(const NoiseArgs& args, int64_t begin, int64_t end) {
       float* z = static_cast<float*>(args.values) + t.offset;
       fill_normals(args.noise, t, args.cols, z);
       if (args.squares) row_sums(z, t, args.cols, args.squares);
+      continue;
+    }
+    if (args.law == Law::uniform && args.cols == 1) {  // the times of a training step
+      Blocks b;
+      set_blocks(args.noise, t, 1, b);
+      alignas(64) uint32_t words[Blocks::most];
+      const Stream s = stream_of(args.noise, t.row);
+      first_words_of_blocks(s.seed, s.draw, b, words);
+      float* u = static_cast<float*>(args.values) + t.offset;
+      for (int64_t r = 0; r < t.rows; ++r) u[r] = uniform_from(words[r]);
       continue;
     }
     const int64_t width = t.rows == 1 ? t.n : args.cols;

@@ -244,23 +244,41 @@ __attribute__((noinline)) inline void normals_of_stream(Stream s, uint32_t block
   }
 }
 
+// The counters of blocks from number i on; merged() undoes what is done to their order.
+SCORESDE_HD Counters counters_of(const Blocks& b, int64_t i, uint32_t draw) {
+  Counters c;
+  const auto load = [i](const uint32_t* words, WordRegister* counters) {
+    for (int k = 0; k < chains; k += 2) {
+      counters[k] = *reinterpret_cast<const WordRegister*>(words + i + k / 2 * lanes);
+      counters[k + 1] = high_words(counters[k]);
+    }
+  };
+  load(b.block, c.x);
+  load(b.id_low, c.z);
+  load(b.id_high, c.w);
+  for (int k = 0; k < chains; ++k) c.y[k] = in_all_lanes(draw);
+  return c;
+}
+
+// The first words of any blocks.
+__attribute__((noinline)) inline void first_words_of_blocks(uint64_t seed, uint32_t draw, const Blocks& b,
+                                                            uint32_t (&words)[Blocks::most]) {
+  static_assert(Blocks::most % group_blocks == 0);
+  for (int64_t i = 0; i < b.n; i += group_blocks) {
+    Counters c = counters_of(b, i, draw);
+    philox(c, seed);
+    for (int k = 0; k < chains; k += 2) {
+      *reinterpret_cast<WordRegister*>(&words[i + k / 2 * lanes]) = merged(c.x + k);
+    }
+  }
+}
+
 // Normals of any blocks, one array a word of the block; with `first_only`, those of its first two words.
 template <bool first_only>
 __attribute__((noinline)) void normals_of_blocks(uint64_t seed, uint32_t draw, const Blocks& b,
                                                  float (&z)[4][Blocks::most]) {
-  static_assert(Blocks::most % group_blocks == 0);
   for (int64_t i = 0; i < b.n; i += group_blocks) {
-    Counters c;
-    const auto load = [&](const uint32_t* words, WordRegister* counters) {  // merged() undoes it
-      for (int k = 0; k < chains; k += 2) {
-        counters[k] = *reinterpret_cast<const WordRegister*>(words + i + k / 2 * lanes);
-        counters[k + 1] = high_words(counters[k]);
-      }
-    };
-    load(b.block, c.x);
-    load(b.id_low, c.z);
-    load(b.id_high, c.w);
-    for (int k = 0; k < chains; ++k) c.y[k] = in_all_lanes(draw);
+    Counters c = counters_of(b, i, draw);
     philox(c, seed);
     const auto normals = normals_of<first_only>(c);
     constexpr int step = first_only ? 1 : 2;
@@ -277,12 +295,20 @@ __attribute__((noinline)) void normals_of_blocks(uint64_t seed, uint32_t draw, c
 
 #else
 
+inline Words words_of_block(uint64_t seed, uint32_t draw, const Blocks& b, int64_t i) {
+  return philox({b.block[i], draw, b.id_low[i], b.id_high[i]}, static_cast<uint32_t>(seed),
+                static_cast<uint32_t>(seed >> 32));
+}
+
+inline void first_words_of_blocks(uint64_t seed, uint32_t draw, const Blocks& b, uint32_t (&words)[Blocks::most]) {
+  for (int64_t i = 0; i < b.n; ++i) words[i] = words_of_block(seed, draw, b, i).x;
+}
+
 template <bool first_only>
 __attribute__((noinline)) void normals_of_blocks(uint64_t seed, uint32_t draw, const Blocks& b,
                                                  float (&z)[4][Blocks::most]) {
   for (int64_t i = 0; i < b.n; ++i) {
-    const Words w = philox({b.block[i], draw, b.id_low[i], b.id_high[i]}, static_cast<uint32_t>(seed),
-                           static_cast<uint32_t>(seed >> 32));
+    const Words w = words_of_block(seed, draw, b, i);
     const Pair first = normals_from(w.x, w.y);
     z[0][i] = first.a;
     z[1][i] = first.b;

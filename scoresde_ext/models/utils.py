@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .. import sde_lib
+from .. import ops, sde_lib
 from .._C import calls
 from ..checks import check_inputs, traced
 from ..integrate.drift import time_vector
@@ -141,7 +141,8 @@ class ScoreFunction:
         predicts_noise: bool = False,
     ) -> None:
         self.sde, self.network, self.coefficient = sde, network, coefficient
-        self.labels = labels if callable(labels) else lambda t: t * labels
+        # The product t * labels by a kernel of ours: see label.
+        self.labels = labels if callable(labels) else lambda t: ops.affine(t, None, labels)
         self.scale = None if callable(labels) else float(labels)
         self.predicts_noise = predicts_noise  # score = -out / std(t)
 
