@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from ._C import host
+
 
 def traced() -> bool:
     """Whether calls are recorded by torch.compile or the like: then they have to be torch's own, on its tensors."""
@@ -41,9 +43,9 @@ def check_inputs(x: Tensor, t: Tensor, T: float) -> float | None:
             f"got {got}. "
             "For one time for all, use torch.full((B,), t)."
         )
-    if not t.is_cpu or torch.compiler.is_compiling() or len(t) == 0:
+    if not t.is_cpu or traced() or len(t) == 0:
         return None
-    first, last = (v.item() for v in t.aminmax())  # NaN where there is one
+    first, last = host.extremes(t if t.dtype in (torch.float32, torch.float64) else t.double())
     if not (first >= 0 and last <= T * (1 + 1e-6)):
         raise ValueError(f"t: expected times in [0, T = {T}], got values from {first:g} to {last:g}.")
     return first if first == last else None

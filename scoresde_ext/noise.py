@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from . import ops
-from ._C import calls
+from ._C import host
 from .checks import traced
 from .reference import Draw
 
@@ -63,7 +63,7 @@ def _new_key(device: torch.device) -> Tensor:
     # On the device and from its generator: no copy, no synchronisation, and a captured graph refreshes it at each
     # replay.
     if device.type == "cpu" and not traced():
-        return calls.new_key()
+        return host.new_key()
     return torch.randint(2**62, (2,), device=device)
 
 
@@ -97,7 +97,8 @@ class _Streams:
         if self.ids is not None and len(self.ids) != len(like):
             raise ValueError(f"ids: expected one stream id a sample, {len(like)}, got {len(self.ids)}.")
         # The count is part of the key, a tensor: as a number it would be a constant of a compiled or captured graph.
-        key, self.key = self.key, self.key + self.one_draw
+        key = self.key
+        self.key = host.next_draw(key) if key.is_cpu and not traced() else key + self.one_draw
         return key, self.ids
 
     def normal(self, like: Tensor) -> Draw:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from . import noise, ops, sde_lib
+from ._C import host
 from .checks import check_inputs
 from .integrate import time_vector
 from .models import utils as mutils
@@ -251,6 +252,11 @@ class Corrector(abc.ABC):
         return self.sde.discrete_alpha(t) if isinstance(self.sde, (sde_lib.VPSDE, sde_lib.subVPSDE)) else 1.0
 
 
+def _norm_ratio(squares: Tensor, other_squares: Tensor) -> Any:
+    """Of norms averaged over the batch."""
+    return squares.sqrt().mean() / other_squares.sqrt().mean()
+
+
 @register_corrector(name="langevin")
 class LangevinCorrector(Corrector):
     """Langevin dynamics, ``x_mean = x + e score, x = x_mean + sqrt(2 e) z`` with ``e = 2 alpha (snr |z| / |score|)^2``,
@@ -264,9 +270,9 @@ class LangevinCorrector(Corrector):
             out, k = score_terms(self.score_fn, x, t, at)
             draw, noise_squares = ops.squares_of_noise(noise.normal(x), x)
             score_squares = ops.score_loss(out, k, None, 1.0)
-            norms: Any = self.snr * noise_squares.sqrt().mean() / score_squares.sqrt().mean()
-            ratio = norms if isinstance(at, Tensor) else norms.item()
-            step = 2.0 * alpha * ratio**2
+            norm_ratio = _norm_ratio if isinstance(at, Tensor) else host.norm_ratio
+            ratio = self.snr * norm_ratio(noise_squares, score_squares)
+            step = 2.0 * alpha * ratio * ratio
             x, x_mean = _update(self, x, out, 1.0, step * k, sqrt(2.0 * step), draw)
         return x, x_mean
 

@@ -288,7 +288,7 @@ def test_keys_are_drawn_as_torch_draws_integers() -> None:
     wanted = [torch.randint(2**62, (2,)) for _ in range(3)]
     torch.manual_seed(4)
     for key in wanted:
-        assert torch.equal(_C.calls.new_key(), key)
+        assert torch.equal(_C.host.new_key(), key)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -296,7 +296,7 @@ def test_draws_of_a_training_step(dtype: torch.dtype) -> None:
     """Of one key, unless another source is in force; times do not depend on the noise."""
     x = torch.zeros(3, 5, dtype=dtype)
     torch.manual_seed(4)
-    key = _C.calls.new_key()
+    key = _C.host.new_key()
     torch.manual_seed(4)
     u, draw = noise.times_and_normal(x)
     assert u.dtype == ops.compute_dtype(x) and torch.equal(u.float(), ops.noise_uniform(key, None, 0, (3,)))

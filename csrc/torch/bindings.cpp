@@ -9,7 +9,7 @@
 #include <utility>
 
 #include "kernels/kernels.h"
-#include "torch/calls.h"
+#include "torch/python.h"
 
 namespace py = pybind11;
 
@@ -99,6 +99,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
              py::arg("exponent"), "ops.rk_control for numbers: whether the step is accepted, and the next h.");
   py::module_ calls = module.def_submodule("calls", "The operators, as functions.");
   scoresde::define_calls(calls);
+  py::module_ host = module.def_submodule("host", "Small operations between operators, on the CPU.");
+  scoresde::define_host(host);
 #ifdef SCORESDE_EXT_WITH_CUDA
   py::class_<DeviceLoop>(module, "DeviceLoop", "A captured step that the device repeats while a flag is not 0.")
       .def(py::init<uintptr_t, uintptr_t>(), py::arg("step"), py::arg("flag"))

@@ -1,19 +1,13 @@
 // Calls from Python straight to torch's dispatcher. torch.ops makes a list of boxed values of the arguments and looks
 // the operator up by them, which takes longer than the kernels of a small batch; traced programs need it all the same.
-#include "torch/calls.h"
-
-#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
-#include <algorithm>
-#include <mutex>
-#include <numeric>
-
 #include "torch/operators.h"
+#include "torch/python.h"
 
 namespace scoresde {
 
@@ -76,38 +70,6 @@ void define(pybind11::module_& module, const char* name, std::type_identity<Resu
       pybind11::call_guard<pybind11::gil_scoped_release>());
 }
 
-// What the loops of solvers need between two kernels. torch's own operations take longer for it than the kernels: in a
-// program that does much else, code that is not in the cache.
-
-// (n,) times the number, on the CPU.
-Tensor filled(int64_t n, double number, bool is_double) {
-  Tensor result(at::detail::empty_cpu({n}, is_double ? at::kDouble : at::kFloat));
-  if (is_double) {
-    std::fill_n(result.mutable_data_ptr<double>(), n, number);
-  } else {
-    std::fill_n(result.mutable_data_ptr<float>(), n, static_cast<float>(number));
-  }
-  return result;
-}
-
-// torch.randint(2**62, (2,)): the same numbers of torch's generator.
-Tensor new_key() {
-  Tensor key(at::detail::empty_cpu({2}, at::kLong));
-  auto* generator = at::get_generator_or_default<at::CPUGeneratorImpl>({}, at::detail::getDefaultCPUGenerator());
-  const std::lock_guard<std::mutex> lock(generator->mutex_);
-  for (int i = 0; i < 2; ++i) {
-    key.mutable_data_ptr<int64_t>()[i] = static_cast<int64_t>(generator->random64() & ((uint64_t{1} << 62) - 1));
-  }
-  return key;
-}
-
-// The sum of float64 numbers on the CPU, one after the other.
-double total(const Tensor& numbers) {
-  TORCH_CHECK_VALUE(numbers.is_cpu() && numbers.is_contiguous(), "numbers: expected a contiguous tensor on the CPU.");
-  const double* first = numbers.const_data_ptr<double>();
-  return std::accumulate(first, first + numbers.numel(), 0.0);
-}
-
 }  // namespace
 
 void define_calls(pybind11::module_& module) {
@@ -136,10 +98,6 @@ void define_calls(pybind11::module_& module) {
   SCORESDE_DEFINE(noise_uniform);
   SCORESDE_DEFINE(noise_integers);
 #undef SCORESDE_DEFINE
-  module.def("filled", &filled, pybind11::arg("n"), pybind11::arg("number"), pybind11::arg("is_double"),
-             "A number n times, shape (n,): float32 or float64, on the CPU.");
-  module.def("new_key", &new_key, "Two numbers of torch's generator on the CPU, as torch.randint(2**62, (2,)).");
-  module.def("total", &total, pybind11::arg("numbers"), "The sum of a contiguous float64 tensor on the CPU.");
 }
 
 }  // namespace scoresde

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .._C import calls
+from .._C import host
 from ..checks import traced
 
 Time = float | Tensor  # of the whole batch, a float or float64 (1,), or one a sample: float64 (B,)
@@ -80,6 +80,6 @@ def time_vector(t: Time, like: Tensor) -> Tensor:
     if isinstance(t, Tensor):
         return t.to(ops.compute_dtype(like)).expand(len(like))
     if like.is_cpu and not traced():
-        return calls.filled(len(like), t, like.dtype == torch.float64)
+        return host.filled(len(like), t, like.dtype == torch.float64)
     # One number, expanded: what is computed from it cannot depend on its place in the batch.
     return torch.full((1,), t, dtype=ops.compute_dtype(like), device=like.device).expand(len(like))

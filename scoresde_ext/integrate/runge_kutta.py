@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import graphs, ops
-from .._C import calls, control_step
+from .._C import control_step, host
 from ..reference import rows
 from .drift import Terms, Time
 from .results import Status
@@ -204,7 +204,7 @@ class OneNorm(RungeKutta):
 
     def norm(self, sums: Tensor) -> float:
         sums = sums if self.whole else sums[self.running]
-        return calls.total(sums) if sums.is_cpu else float(sums.sum())
+        return host.total(sums) if sums.is_cpu else float(sums.sum())
 
     def rms(self, ks: Sequence[Sequence[Tensor]], e: Sequence[float]) -> float:
         return math.sqrt(self.norm(self.squares(self.ys, ks, e, 1.0)) / max(self.elements, 1))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops, sde_lib
-from .._C import calls
+from .._C import host
 from ..checks import check_inputs, traced
 from ..integrate.drift import time_vector
 from ..reference import rows
@@ -153,7 +153,7 @@ class ScoreFunction:
         # The same numbers: a product of float32 numbers in double precision is rounded once. A product of tensors takes
         # longer than all else that a small batch needs between two evaluations.
         is_double = like.dtype == torch.float64
-        return calls.filled(len(like), (t if is_double else float(np.float32(t))) * self.scale, is_double)
+        return host.filled(len(like), (t if is_double else float(np.float32(t))) * self.scale, is_double)
 
     def terms(self, x: Tensor, t: Tensor, at: Any) -> tuple[Tensor, Any]:
         """``(out, k)``; k at the time ``at``, ``t`` itself or the number that all of it is."""
