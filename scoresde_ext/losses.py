@@ -107,21 +107,26 @@ def get_sde_loss_fn(
         check_array("batch", batch)
         mutils.ensure_mode(model, train)
         score_fn = mutils.make_score_fn(sde, mutils.CheckedNetwork(model), continuous)
-        u, draw = noise.times_and_normal(batch)
         weight = _reduction(batch, reduce_mean)
         if not affine:
             check_state("batch", batch)
+            u, draw = noise.times_and_normal(batch)
             t = u * (sde.T - eps) + eps
             return _plain_loss(sde, score_fn, batch, t, ops.materialize(draw, batch), likelihood_weighting, weight)
+        x, labels, c, ratio, draw = perturbed(score_fn, batch)
+        out = score_fn.network(x, labels)
+        del x, labels  # unless the network keeps them for its own derivative, their memory serves for the gradient
+        # (score std + z)^2, or (score + z / std)^2 g^2 = (score std + z)^2 (g / std)^2
+        return ops.score_loss(out, c, 1.0, weight * ratio * ratio, draw, total=True)
+
+    def perturbed(score_fn: mutils.ScoreFunction, batch: Tensor) -> tuple[Tensor, Tensor, Any, Any, Draw]:
+        """A state for each sample and its labels; c with score std = c out; g / std, or 1; the noise."""
+        u, draw = noise.times_and_normal(batch)
         t, m, std = perturbation(sde, u, eps)  # type: ignore[arg-type]
         x, draw = _perturbed(batch, m, std, draw)
-        out = score_fn.network(x, score_fn.labels(t))
-        del x  # unless the network keeps it for its own derivative, its memory serves for the gradient
-        k = -1.0 if score_fn.predicts_noise else score_fn.coefficient(t) * std  # score std = k out
-        if likelihood_weighting:  # (score + z / std)^2 g^2 = (score std + z)^2 (g / std)^2
-            ratio = sde.sde_coefficients(t)[1] / std  # type: ignore[attr-defined]
-            return ops.score_loss(out, k, 1.0, weight * ratio * ratio, draw, total=True)
-        return ops.score_loss(out, k, 1.0, weight, draw, total=True)  # (score std + z)^2
+        c = -1.0 if score_fn.predicts_noise else score_fn.coefficient(t) * std
+        ratio = sde.sde_coefficients(t)[1] / std if likelihood_weighting else 1.0  # type: ignore[attr-defined]
+        return x, score_fn.labels(t), c, ratio, draw
 
     return loss_fn
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from .._C import host
 from ..checks import finite
 from .drift import Drift, Time
 from .results import Status
@@ -216,13 +217,18 @@ class FixedGrid(OnGrid):
         before = [x] if self.with_state else []
         values = [torch.zeros_like(x)] * (self.tables.shape[2] - 2 - len(before))
         for i, (table, label) in enumerate(zip(self.tables, self.labels, strict=True)):
-            out = self.call(self.flow.given, x, x.new_full((len(x),), label, dtype=self.label_dtype))
+            out = self.call(self.flow.given, x, self.labels_of(label, x))
             value, after = ops.combine([x, out, *values, *before], table)
             if before:
                 before = [x]
             x, values = after, [value, *values[:-1]]
             self.end_step(self.grid[i], self.grid[i + 1], (x,))
         self.ys = (x,)
+
+    def labels_of(self, label: float, x: Tensor) -> Tensor:
+        if x.is_cpu and self.label_dtype.is_floating_point:
+            return host.filled(len(x), label, self.label_dtype == torch.float64)
+        return x.new_full((len(x),), label, dtype=self.label_dtype)
 
 
 # ---- adaptive ----
