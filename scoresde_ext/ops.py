@@ -120,30 +120,32 @@ def _network(out: Any, q: Any, x: Tensor) -> tuple[Tensor | None, Any]:
 
 def _noise(draw: Any, x: Tensor, kept: bool = False) -> tuple[Tensor | None, Tensor | None, Tensor | None, int]:
     """``kept``: whether the draw may be one of :func:`perturb_keeping`."""
-    if kept and isinstance(draw, Draw) and draw.z is not None and draw.key is not None:
-        if draw.z.shape[1:] != x.shape[1:] or len(draw.z) > len(x):
-            raise ValueError(
-                f"draw: expected either an array z or a key, or both of perturb_keeping for {tuple(x.shape)}, "
-                f"got a key and z of shape {tuple(draw.z.shape)}."
-            )
-        return draw.z, *_streams(draw.key, draw.ids, x.device), draw.draw
-    if not isinstance(draw, Draw) or (draw.z is None) == (draw.key is None):
-        raise ValueError(f"draw: expected a Draw with either an array z or a key, got {draw!r:.100}.")
-    if draw.z is not None:
-        return _array("z", draw.z, x), None, None, 0
-    return None, *_streams(draw.key, draw.ids, x.device), draw.draw
+    if isinstance(draw, Draw):
+        z, key, ids, number = draw
+        if key is not None and (z is None or (kept and z.shape[1:] == x.shape[1:] and len(z) <= len(x))):
+            _streams(key, ids, x)
+            return z, key, ids, number
+        if z is not None and key is None:
+            return _array("z", z, x), None, None, 0
+    raise ValueError(
+        f"draw: expected a Draw with either an array z or a key, or what perturb_keeping returned, got {draw!r:.100}."
+    )
 
 
-def _streams(key: Any, ids: Any, device: torch.device) -> tuple[Tensor, Tensor | None]:
+def _streams(key: Any, ids: Any, x: Tensor) -> None:
+    """Of noise for an array like ``x``."""
     for name, t in (("key", key),) if ids is None else (("key", key), ("ids", ids)):
-        if not isinstance(t, Tensor) or t.device != device or t.dtype != torch.int64:
+        if not isinstance(t, Tensor) or t.device != x.device or t.dtype != torch.int64:
             got = f"{t.dtype} on {t.device}" if isinstance(t, Tensor) else type(t).__name__
-            raise ValueError(f"{name}: expected an int64 tensor on {device}, got {got}.")
-    return key, ids
+            raise ValueError(f"{name}: expected an int64 tensor on {x.device}, got {got}.")
 
 
 def _needs_reference(*arguments: Tensor | float | None) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in arguments)
+    if torch.is_grad_enabled():
+        for v in arguments:
+            if isinstance(v, Tensor) and v.requires_grad:
+                return True
+    return False
 
 
 def _op(name: str, x: Tensor) -> Callable[..., Any]:
@@ -451,8 +453,8 @@ def put(into: Tensor, values: Tensor, chosen: Tensor) -> None:
 def _generated(key: Any, ids: Any, size: Sequence[int]) -> None:
     if not isinstance(key, Tensor):
         raise ValueError(f"key: expected an int64 tensor (seed, first draw), got {type(key).__name__}.")
-    _streams(key, ids, key.device)
-    if len(size) < 1 or any(n < 0 for n in size) or math.prod(size[1:]) > 2**34:
+    _streams(key, ids, key)
+    if len(size) < 1 or min(size) < 0 or math.prod(size[1:]) > 2**34:
         raise ValueError(f"size: expected a shape (B, ...) with at most 2^34 elements a sample, got {tuple(size)}.")
 
 
