@@ -684,11 +684,12 @@ void error_tiles(const ErrorArgs& args, int64_t begin, int64_t end) {
       store<T>(args.k_new, t, k_new);
       slopes.k[slopes.n] = k_new, slopes.c[slopes.n++] = args.e_new;
     }
+    // Two loops: one that holds doubles beside floats works on half as many numbers at a time.
+    with_slopes<double>(slopes, t.n, sum, [](int64_t, double total) { return static_cast<A>(total); }, scaled.values);
     with_coefficient<A>(args.h, t, args.cols, [&](auto h) {
-      const auto scale = [=](int64_t j, double total) {
-        return scaled_error<A>(h[j] * static_cast<A>(total), y0[j], y1[j], rtol, atol);
-      };
-      with_slopes<double>(slopes, t.n, sum, scale, scaled.values);
+      for (int64_t j = 0; j < t.n; ++j) {
+        scaled.values[j] = scaled_error<A>(h[j] * scaled.values[j], y0[j], y1[j], rtol, atol);
+      }
     });
     row_sums(scaled.values, t, args.cols, args.partials);
   }
