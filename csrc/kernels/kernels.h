@@ -13,8 +13,8 @@ enum class DType : int32_t { f32, f64, bf16, f16 };
 
 constexpr int max_stages = 16;  // DOP853 has 12
 
-// One coefficient a row, or one for all rows (stride 0). CPU kernels are given them in the compute type, dense; CUDA
-// kernels as they come, and round them: a conversion would be a kernel of its own.
+// One coefficient a row, or one for all rows (stride 0). CPU kernels are given the former in the compute type, dense;
+// single ones, and all of CUDA kernels, as they come: a conversion would be an operation of its own.
 struct Coefficient {
   const void* data = nullptr;
   int64_t stride = 0;
