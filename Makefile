@@ -24,7 +24,7 @@ demo: $(EXTENSION) ## draw 256 digits: out/digits.png, out/digits.npz, and the f
 test: $(EXTENSION) ## run the test suite (ARGS="-k loss" passes arguments to pytest)
 	$(RUN) -m pytest -n 2 $(ARGS)
 
-benchmark: $(EXTENSION) ## measure, and write README's numbers: an hour on two idle cores (ARGS=--quick: rehearse in out/benchmark)
+benchmark: $(EXTENSION) ## measure, and write README's numbers: 40 minutes on two idle cores (ARGS=--quick: rehearse in out/benchmark)
 	$(RUN) -m benchmarks $(ARGS)
 	$(RUN) -m benchmarks.solvers --kept-back $(ARGS)
 	$(RUN) -m benchmarks.demo $(ARGS)

@@ -37,7 +37,7 @@ class Effort(NamedTuple):
 
 
 FULL = Effort(turns=6, seconds=0.2, threads=(1, 2), samples=2048)
-QUICK = Effort(turns=2, seconds=0.05, threads=(1,), samples=128)
+QUICK = Effort(turns=2, seconds=0.05, threads=(1,), samples=96)
 
 
 class Workers(dict[str, Worker]):
