@@ -14,8 +14,13 @@ from ._C import host
 
 
 def traced() -> bool:
-    """Whether calls are recorded by torch.compile or the like: then they have to be torch's own, on its tensors."""
-    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+    """Whether calls are recorded by torch.compile or the like, or transformed by torch.func: then they have to be
+    torch's own, on tensors whose memory is no one else's business."""
+    return (
+        torch.compiler.is_compiling()
+        or is_in_torch_dispatch_mode()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
 
 
 def check_array(name: str, y: Any) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from scoresde_ext import sde_lib
+from scoresde_ext import integrate, sde_lib
 from scoresde_ext._C import host
 from scoresde_ext.integrate import time_vector
 from scoresde_ext.models import utils as mutils
@@ -61,3 +61,20 @@ def test_labels_of_one_time(dtype: torch.dtype) -> None:
             for t in (1e-5, 0.1, 1 / 3, 0.9999, 1.0):
                 label, labels = score_fn.label(t, like), score_fn.labels(time_vector(t, like))
                 assert torch.equal(label, labels) and label.dtype == labels.dtype and label.shape == (3,)
+
+
+def test_transformed_programs_have_torch_s_operations() -> None:
+    """What torch.func wraps has no memory to look at."""
+    sde = sde_lib.VPSDE()
+    score_fn = mutils.get_score_fn(sde, lambda x, labels: x * labels[:, None], continuous=True)
+    x, t = torch.rand(3, 4), torch.full((3,), 0.5)
+
+    def score(x: Tensor, t: Tensor) -> Tensor:
+        return score_fn(x, t + torch.zeros(3)).sum()
+
+    by_x, by_t = torch.func.grad(score, argnums=(0, 1))(x, t)
+    x.requires_grad_(), t.requires_grad_()
+    wanted = torch.autograd.grad(score(x, t), (x, t))
+    torch.testing.assert_close((by_x, by_t), wanted)
+    solve = torch.func.grad(lambda x: integrate.solve(lambda t, y: -y, (0.0, 1.0), x).y.sum())
+    assert torch.equal(solve(x.detach()), torch.zeros(3, 4))

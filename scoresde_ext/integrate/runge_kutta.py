@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import graphs, ops
 from .._C import control_step, host
+from ..checks import traced
 from ..reference import rows
 from .drift import Terms, Time
 from .results import Status
@@ -204,7 +205,7 @@ class OneNorm(RungeKutta):
 
     def norm(self, sums: Tensor) -> float:
         sums = sums if self.whole else sums[self.running]
-        return host.total(sums) if sums.is_cpu else float(sums.sum())
+        return host.total(sums) if sums.is_cpu and not traced() else float(sums.sum())
 
     def rms(self, ks: Sequence[Sequence[Tensor]], e: Sequence[float]) -> float:
         return math.sqrt(self.norm(self.squares(self.ys, ks, e, 1.0)) / max(self.elements, 1))

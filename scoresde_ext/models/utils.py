@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .. import ops, sde_lib
+from .. import sde_lib
 from .._C import host
 from ..checks import check_inputs, traced
 from ..integrate.drift import time_vector
@@ -141,8 +141,7 @@ class ScoreFunction:
         predicts_noise: bool = False,
     ) -> None:
         self.sde, self.network, self.coefficient = sde, network, coefficient
-        # The product t * labels by a kernel of ours: see label.
-        self.labels = labels if callable(labels) else lambda t: ops.affine(t, None, labels)
+        self.labels = labels if callable(labels) else lambda t: t * labels
         self.scale = None if callable(labels) else float(labels)
         self.predicts_noise = predicts_noise  # score = -out / std(t)
 
@@ -150,14 +149,19 @@ class ScoreFunction:
         """The labels of a batch ``like`` that has one time."""
         if self.scale is None or not like.is_cpu or traced():
             return self.labels(time_vector(t, like))
-        # The same numbers: a product of float32 numbers in double precision is rounded once. A product of tensors takes
-        # longer than all else that a small batch needs between two evaluations.
-        is_double = like.dtype == torch.float64
-        return host.filled(len(like), (t if is_double else float(np.float32(t))) * self.scale, is_double)
+        return self._scaled(t, len(like), like.dtype == torch.float64)
+
+    def _scaled(self, t: float, n: int, is_double: bool) -> Tensor:
+        """Labels of n samples on the CPU. The same numbers as a product of tensors, which takes longer than all else
+        that a small batch needs between two evaluations: one of float32 numbers in double precision is rounded once."""
+        assert self.scale is not None
+        return host.filled(n, (t if is_double else float(np.float32(t))) * self.scale, is_double)
 
     def terms(self, x: Tensor, t: Tensor, at: Any) -> tuple[Tensor, Any]:
-        """``(out, k)``; k at the time ``at``, ``t`` itself or the number that all of it is."""
-        return self.network(x, self.labels(t)), self.coefficient(at)
+        """``(out, k)``; k at the time ``at``, ``t`` itself or the number that all of it is, on the CPU."""
+        one = self.scale is not None and not isinstance(at, Tensor)
+        labels = self._scaled(at, len(t), t.dtype == torch.float64) if one else self.labels(t)
+        return self.network(x, labels), self.coefficient(at)
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         check_inputs(x, t, self.sde.T)
