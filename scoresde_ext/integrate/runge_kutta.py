@@ -491,7 +491,7 @@ class JointOnDevice(OneNorm, PerSample):
         while self.count_elements():
             self.times, self.step_sizes, self.error_norms = [self.start], [], []
             for counts in (self.evaluations, self.n_accepted, self.n_rejected):
-                counts[self.running] = 0
+                counts.masked_fill_(self.running, 0)
             self.reached = torch.where(self.running, self.start, self.reached)
             self.ys, self.without = self.y0, False
             try:
