@@ -7,15 +7,21 @@ affine SDE is (Lu et al. 2022, arXiv 2211.01095, appendix on SDE-DPM-Solver++)
 
 so that only D has to be approximated: with a constant D the step is the exact Gaussian transition. For ``v = (m / s^2)
 x`` and the clock ``tau = (m / s)^2 = exp(2 l)`` it reads ``dv = D dtau + dW(tau)``: a drift, and a plain Brownian
-motion, whose increments are the noise of a step of any length. A step size that is tried and rejected therefore need
-not disturb the path.
+motion, whose increments are the noise of a step of any length.
+
+So one :class:`BrownianTree` serves every method. With the same seed, T and eps, each sample follows one path W, in any
+number of steps: more steps bring it nearer to the exact solution on that path, not to another picture. A step size that
+is tried and rejected does not disturb the path either.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
+from itertools import pairwise, repeat
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -68,6 +74,9 @@ def get_sde_sampler(
       third as much;
     * ``adaptive``: ``unipc_sde`` with a step size for each sample, from the gap between its two results. A rejected
       step is tried again on the same Brownian path; drawing new noise would favour paths that are easy to follow.
+
+    All follow the same Brownian path for the same seed, T and eps: twice the steps halve a sample's distance from the
+    exact solution, and the adaptive method converges to the same sample.
 
     Args:
         sde: the forward SDE, an AffineSDE.
@@ -250,13 +259,13 @@ class FixedSteps(Run):
         self.flow, self.grid, self.denoise = flow, grid, denoise
         m, s, k = flow.marginal(torch.tensor(grid, dtype=torch.float64))
         self.points = Point.of(torch.log(m / s), m, s, k)
-        self.tables, self.stds = self.coefficients(order, corrected)
+        self.tables = self.coefficients(order, corrected)
 
-    def coefficients(self, order: int, corrected: bool) -> tuple[Tensor, list[float]]:
-        """``(N, 2, 4)``: one matrix a step for the arrays ``[p_i, out_i, D_{i-1}, D_{i-2}]``, giving ``[D_i, mean of
-        p_{i+1}]``, where p_i is the predicted state at time i; and the standard deviations about that mean. A step
-        starts from the corrected state, p_i and half the gain of the step before times ``D_i - D_{i-1} - r (D_{i-1} -
-        D_{i-2})``, with the ratio r of that step."""
+    def coefficients(self, order: int, corrected: bool) -> Tensor:
+        """``(N, 2, 6)``: one matrix a step for the arrays ``[p_i, out_i, D_{i-1}, D_{i-2}, W_i, W_{i+1}]``, giving
+        ``[D_i, p_{i+1}]``, where p_i is the predicted state at time i. A step starts from the corrected state, p_i and
+        half the gain of the step before times ``D_i - D_{i-1} - r (D_{i-1} - D_{i-2})``, with the ratio r of that
+        step."""
         here, there = Point(*(v[:-1] for v in self.points)), Point(*(v[1:] for v in self.points))
         h = there.log_snr - here.log_snr
         ratio, correction, ratio_before = torch.zeros((3, len(h)), dtype=torch.float64)
@@ -267,23 +276,32 @@ class FixedSteps(Run):
         if corrected:
             correction[1:], ratio_before[1:] = 0.5 * step.scale[1:] * step.gain[:-1], ratio[:-1]
         zero = torch.zeros_like(h)
-        value = torch.stack([here.a, here.b, zero, zero], 1)
-        mean = (now + correction)[:, None] * value + torch.stack(
-            [step.scale, zero, past - correction * (1.0 + ratio_before), correction * ratio_before], 1
-        )
-        return torch.stack([value, mean], 1), (there.s * (step.gain / there.m).sqrt()).tolist()
+        value = torch.stack([here.a, here.b, zero, zero, zero, zero], 1)
+        past, before = past - correction * (1.0 + ratio_before), correction * ratio_before
+        following = torch.stack([step.scale, zero, past, before, -step.noise, step.noise], 1)
+        return torch.stack([value, (now + correction)[:, None] * value + following], 1)
+
+    def path(self, like: Tensor) -> Iterator[Tensor]:
+        """W at the times of the grid after the first."""
+        log_snr = self.points.log_snr.tolist()
+        if noise.streams_in_force(like.device) is not None:
+            yield from BrownianTree(like, log_snr[0], log_snr[-1]).along(log_snr[1:-1])
+            return
+        w = torch.zeros_like(like)  # recorded noise is that of the steps
+        for here, there in pairwise(log_snr):
+            w = ops.perturb(w, 1.0, math.exp(here) * math.sqrt(math.expm1(2 * (there - here))), noise.normal(w))
+            yield w
 
     def integrate(self) -> None:
         (p,) = self.ys
         tables = self.tables.to(p.device)
         self.first_step = abs(self.grid[1] - self.grid[0])
-        last, second_last = torch.zeros_like(p), torch.zeros_like(p)
-        for i, (table, std) in enumerate(zip(tables, self.stds, strict=True)):
+        last, second_last, w = torch.zeros_like(p), torch.zeros_like(p), torch.zeros_like(p)
+        for i, (table, w_next) in enumerate(zip(tables, self.path(p), strict=True)):
             t, t_next = self.grid[i], self.grid[i + 1]
             out = self.call(self.flow.network, p, t)
-            value, mean = ops.combine([p, out, last, second_last], table)
-            p = ops.perturb(mean, 1.0, std, noise.normal(mean))
-            last, second_last = value, last
+            value, p = ops.combine([p, out, last, second_last, w, w_next], table)
+            last, second_last, w = value, last, w_next
             self.times.append(t_next)
             self.step_sizes.append(abs(t_next - t))
             self.reach(p, t_next)
@@ -303,12 +321,12 @@ class FixedSteps(Run):
         self.show(abs(t - self.start) / abs(self.end - self.start))
 
 
-# ---- adaptive steps ----
+# ---- the Brownian path ----
 
 
 class BrownianTree:
     """A Brownian motion W for each sample, at ``2^LEVELS + 1`` points at equal distances in log-SNR, in the clock
-    ``exp(2 l)``: a pure function of the seed, the sample's stream, and the point, whatever was asked before.
+    ``exp(2 l)``: a pure function of the seed, the sample's stream, and the point.
 
     W is known at both ends; in the middle of an interval it is normal about the value interpolated between the
     interval's ends (Levy's construction), and so on down to the point that is asked for. Each middle has a stream of
@@ -316,38 +334,43 @@ class BrownianTree:
     """
 
     LEVELS = 30
+    END = 2**LEVELS
     ROWS: ClassVar[dict[str, int]] = {"like": 0, "base": 0, "at_end": 0}
 
     def __init__(self, like: Tensor, start: float, end: float) -> None:
-        self.like, self.start, self.spacing = like, start, (end - start) / 2**self.LEVELS
+        self.like, self.start, self.spacing = like, start, (end - start) / self.END
         self.key, ids = noise.streams(like)
         high, low = ops.noise_integers(self.key, ids, 0, (len(ids), 2), 2**32).unbind(1)
         self.base = (high << 32) | low
-        # Per level: the weight of the right end in the middle, and the standard deviation there over exp(l_left).
-        widths = [2 ** (self.LEVELS - level) for level in range(self.LEVELS)]
-        rates = [self.spacing * width for width in widths]  # of the clock, over half an interval
-        weights = [1.0 / (1.0 + math.exp(rate)) for rate in rates]
-        stds = [math.sqrt(math.expm1(rate) / (1.0 + math.exp(-rate))) for rate in rates]
-        self.widths = torch.tensor(widths, device=like.device)[:, None]
-        self.weights, self.stds = torch.tensor([weights, stds], dtype=torch.float64, device=like.device)[..., None]
         whole = math.exp(start) * math.sqrt(math.expm1(2 * (end - start)))
-        self.at_end = ops.perturb(torch.zeros_like(like), 0.0, whole, self.draw(torch.zeros_like(self.base)))
+        self.at_end = ops.perturb(torch.zeros_like(like), 0.0, whole, self.draw(0))
 
     def log_snr(self, j: Tensor) -> Tensor:
         return self.start + self.spacing * j.double()
 
-    def draw(self, points: Tensor) -> Draw:
+    def draw(self, points: Tensor | int) -> Draw:
         return Draw(key=self.key, ids=self.base + points)
 
+    @cached_property
+    def levels(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Per level, ``(LEVELS, 1)``: the width of an interval, the weight of its right end in the middle, and the
+        standard deviation there over exp(l_left)."""
+        widths = [2 ** (self.LEVELS - level) for level in range(self.LEVELS)]
+        bridges = [bridge(self.spacing * width / 2, self.spacing * width / 2) for width in widths]
+        device = self.like.device
+        weights, stds = torch.tensor(bridges, dtype=torch.float64, device=device).T[..., None]
+        return torch.tensor(widths, device=device)[:, None], weights, stds
+
     def __call__(self, j: Tensor) -> Tensor:
-        """W at the points ``j``, int64 ``(B,)``, 0 ... 2^LEVELS: ``(B, *)``, 0 at the start."""
+        """W at one point of each sample, whatever was asked before: ``j`` is int64 ``(B,)``, 0 ... END; ``(B, *)``, 0
+        at the start."""
         depth = self.depth(j)
-        width, weight = self.widths[:depth], self.weights[:depth]
+        width, weight, std = (v[:depth] for v in self.levels)
         start = j // width * width  # (depth, B): of the interval around j at each level
         middle = start + width // 2
         right = (j >= middle).double()  # whether the point lies in the right half
         (scale,) = padded(lambda log_snr: (torch.exp(log_snr),), self.log_snr(start).flatten())
-        std = self.stds[:depth] * scale.reshape(start.shape)
+        std = std * scale.reshape(start.shape)
         # W at the left end of the interval, and its increment over the interval; the same over the half taken
         left, increment = torch.zeros_like(self.like), self.at_end
         step, part = (right * weight, right * std), (weight + right * (1.0 - 2.0 * weight), (1.0 - 2.0 * right) * std)
@@ -355,14 +378,51 @@ class BrownianTree:
             draw = self.draw(middle[level])
             _, left = ops.affine_noise(left, increment, 1.0, step[0][level], step[1][level], draw)
             increment = ops.perturb(increment, part[0][level], part[1][level], draw)
-        return torch.where(column(j == 2**self.LEVELS, left), self.at_end, left)
+        return torch.where(column(j == self.END, left), self.at_end, left)
 
     def depth(self, j: Tensor) -> int:
         """Levels after which every point is a middle that has been passed."""
-        inside = j[(j > 0) & (j < 2**self.LEVELS)]
+        inside = j[(j > 0) & (j < self.END)]
         lowest = torch.log2((inside & -inside).double()).round()
         return self.LEVELS - int(lowest.min()) if len(inside) else 0
 
+    def along(self, log_snr: Sequence[float]) -> Iterator[Tensor]:
+        """W at the same points of every sample, one after the other, and at the end: ``(B, *)`` each.
+
+        Args:
+            log_snr: rising, between the ends. The points of the tree next to these are meant.
+        """
+        points = [min(max(round((at - self.start) / self.spacing), 1), self.END - 1) for at in log_snr]
+        yield from self._between((0, torch.zeros_like(self.like)), (self.END, self.at_end), points, False)
+        yield self.at_end
+
+    def _between(
+        self, left: tuple[int, Tensor], right: tuple[int, Tensor], points: Sequence[int], alone: bool
+    ) -> Iterator[Tensor]:
+        """W at points inside an interval whose ends ``(j, W)`` are known. A middle is drawn once for all points. A
+        point that was ``alone`` in the interval twice as long is drawn at once, without the middles that lead to it in
+        the tree. The law is the same, and W differs from the tree's by little beside its steps between the points."""
+        if not points:
+            return
+        (j_left, w_left), (j_right, w_right) = left, right
+        j = points[0] if alone else (j_left + j_right) // 2
+        weight, std = bridge(self.spacing * (j - j_left), self.spacing * (j_right - j))
+        std *= math.exp(self.start + self.spacing * j_left)
+        middle = j, ops.affine_next(w_left, w_right, 1.0 - weight, weight, std, self.draw(j))
+        first, stop = bisect_left(points, j), bisect_right(points, j)
+        yield from self._between(left, middle, points[:first], len(points) == 1)
+        yield from repeat(middle[1], stop - first)
+        yield from self._between(middle, right, points[stop:], len(points) == 1)
+
+
+def bridge(before: float, after: float) -> tuple[float, float]:
+    """W at a log-SNR between two points where it is known, ``before`` after the one and ``after`` before the other: the
+    weight of the right one's in the mean, and the standard deviation over exp(l_left)."""
+    whole, left, right = (math.expm1(2.0 * h) for h in (before + after, before, after))
+    return left / whole, math.exp(before) * math.sqrt(left * right / whole)
+
+
+# ---- adaptive steps ----
 
 FIRST_STEP = 0.1  # in log-SNR
 LARGEST_STEP = 0.5  # a longer one can pass over all that happens to D, and see no gap
@@ -405,7 +465,7 @@ class Adaptive(Run):
         """The times of points of the path: exact at both ends."""
         sde: Any = self.flow.sde
         (t,) = padded(lambda log_snr: (sde.time_at(log_snr),), self.path.log_snr(j))
-        t = torch.where(j == 0, self.start, torch.where(j == 2**self.path.LEVELS, self.end, t))
+        t = torch.where(j == 0, self.start, torch.where(j == self.path.END, self.end, t))
         return t.clamp(self.end, self.start)
 
     def point(self, j: Tensor) -> Point:
@@ -415,10 +475,10 @@ class Adaptive(Run):
     def target(self) -> Tensor:
         """The point to step to: h away, rounded down to a multiple of a power of two of h / 16 to h / 8. The path is
         then known after few levels."""
-        points = (self.h / self.path.spacing).clamp(1.0, 2.0**self.path.LEVELS)
+        points = (self.h / self.path.spacing).clamp(1.0, float(self.path.END))
         unit = torch.ones_like(self.j) << (torch.frexp(points).exponent.long() - 4).clamp(min=0)
         ahead = (self.j + points.long()) // unit * unit
-        return torch.where(self.running, ahead.clamp(max=2**self.path.LEVELS), self.j)
+        return torch.where(self.running, ahead.clamp(max=self.path.END), self.j)
 
     def can_go_on(self) -> bool:
         """Whether any sample can."""
@@ -485,5 +545,5 @@ class Adaptive(Run):
         self.h_before = torch.where(accepted, h, self.h_before)
         self.reached = torch.where(accepted, t, self.reached)
         self.times.append(self.reached)
-        self.end_as(self.j == 2**self.path.LEVELS, Status.SUCCESS)
+        self.end_as(self.j == self.path.END, Status.SUCCESS)
         self.show(1.0 - float(self.running.double().mean()))

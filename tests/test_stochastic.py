@@ -239,6 +239,68 @@ def test_law_of_the_path() -> None:
     assert correlations.abs().max() < 5 / math.sqrt(n)
 
 
+GAPS = [1e-3, 0.3, 0.02, 2.0, 1e-5, 3.0, 0.7, 1e-3, 0.4, 4.0]  # in log-SNR
+
+
+def test_law_along_the_path() -> None:
+    """The same for points that all samples share, at distances from 1e-5 to 4: increments are normal, with the clock's
+    differences as variances, and uncorrelated."""
+    log_snr = list(itertools.accumulate(GAPS, initial=START))
+    path = tree(100, (400,))
+    before, increments = torch.zeros(100, 400, dtype=torch.float64), []
+    for (at_left, at_right), w in zip(itertools.pairwise([*log_snr, END]), path.along(log_snr[1:]), strict=True):
+        # The points are rounded to the tree's, by up to 6e-9, and W to float32: that shows in the shortest step alone.
+        scaled = ((w.double() - before) / math.sqrt(math.exp(2 * at_right) - math.exp(2 * at_left))).flatten()
+        increments.append(scaled)
+        before, n = w.double(), len(scaled)
+        assert abs(scaled.mean()) < 5 / math.sqrt(n)
+        assert abs(scaled.square().mean() - 1) < 5 * math.sqrt(2 / n) + 2e-3
+        assert stats.kstest(scaled.numpy(), "norm").pvalue > 1e-6
+    correlations = torch.corrcoef(torch.stack(increments)) - torch.eye(len(increments))
+    assert correlations.abs().max() < 5 / math.sqrt(n)
+
+
+def test_points_along_the_path_are_the_trees() -> None:
+    """Where they are the middles of halves, quarters and eighths, to rounding, and at any point the better the more
+    points there are; the same whatever the batch."""
+    ids, points = [4, 2**40, -1], [N // 8 * i for i in range(1, 8)]
+    path = tree(ids=ids)
+    log_snr = (START + (END - START) * torch.tensor(points) / N).tolist()
+    for j, w in zip([*points, N], path.along(log_snr), strict=True):
+        torch.testing.assert_close(w, path(torch.tensor([j] * 3)), rtol=0, atol=1e-6 * math.sqrt(clock(j)))
+    mates = tree(5, ids=[7, *ids, 0])
+    for count in (10, 50):
+        log_snr = torch.linspace(START, END, count + 1, dtype=torch.float64)[1:-1].tolist()
+        distances = []
+        for at_point, w, other in zip([*log_snr, END], path.along(log_snr), mates.along(log_snr), strict=True):
+            assert torch.equal(w, other[1:4])
+            right = at(path, *[round((at_point - START) / path.spacing)] * 3)
+            distances.append((w.double() - right) / math.sqrt(math.exp(2 * at_point)))
+        # a bridge over two distances has a variance of up to half a distance in the clock
+        assert torch.stack(distances).square().mean() < 0.5 * math.expm1(2 * (END - START) / count)
+
+
+def test_nothing_is_drawn_twice_along_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no more than three numbers a step, also where points fall together."""
+    drawn: list[int] = []
+    draw = BrownianTree.draw
+    monkeypatch.setattr(BrownianTree, "draw", lambda path, j: (drawn.append(j), draw(path, j))[1])
+    near = START + 1.0
+    for log_snr in (
+        torch.linspace(START, END, 51, dtype=torch.float64)[1:-1].tolist(),
+        [near, near + 1e-10, near + 2e-10, near + 1e-7, END - 1e-12],
+        [START + 1e-12],
+        [],
+    ):
+        drawn.clear()
+        path = tree()
+        values = list(path.along(log_snr))
+        assert len(values) == len(log_snr) + 1 and torch.equal(values[-1], path.at_end)
+        assert len(set(drawn)) == len(drawn)
+        if len(log_snr) == 49:
+            assert len(drawn) < 3 * 50
+
+
 class Recorded(BrownianTree):
     """A path that keeps what it was asked and answered."""
 
@@ -286,6 +348,37 @@ def test_rejected_steps_keep_their_path(monkeypatch: pytest.MonkeyPatch) -> None
         increments = [after - before for (_, before), (_, after) in itertools.pairwise(inside)]
         right = at_end - at_start
         torch.testing.assert_close(sum(increments), right, rtol=0, atol=1e-12 * at_end.abs().max().item())
+
+
+def samples_at(method: str, sde: Any, **options: Any) -> Tensor:
+    sampler = make(sde, (20, 8), method, seeds=4, denoise=False, **options)
+    return sampler(network_of(sde, normal_data(0.5)))[0].double()
+
+
+@every_fixed
+@pytest.mark.parametrize("kind", ["vp", "subvp", "ve"])
+def test_more_steps_are_nearer_to_the_same_samples(kind: str, method: str) -> None:
+    """Sample by sample, against 512 short steps and against adaptive steps on the same Brownian path. Twice the steps
+    halve the error. Without a common path every error would be that of independent samples, 0.7."""
+    sde = SDES[kind]
+    right = fine_path(sde, network_of(sde, normal_data(0.5)), 20, 8, 4, 512)
+    adaptive = samples_at("adaptive", sde, rtol=4e-3, atol=4e-3)
+    found = {steps: samples_at(method, sde, steps=steps) for steps in (20, 40, 50, 100, 200)}
+    errors = {steps: (x - right).square().mean().sqrt().item() for steps, x in found.items()}
+    assert errors[20] < 0.2 and errors[200] < 0.02
+    assert errors[20] > 1.5 * errors[40] and errors[50] > 1.5 * errors[100] > 1.5 * 1.4 * errors[200]
+    assert torch.corrcoef(torch.stack([found[20].flatten(), found[40].flatten()]))[0, 1] > 0.95
+    assert (found[200] - adaptive).square().mean().sqrt() < 0.04
+
+
+@every_fixed
+def test_another_grid_leads_to_the_same_samples(method: str) -> None:
+    """One of the user's own, at no points of the tree."""
+    sde = SDES["vp"]
+    grid = torch.cat([torch.linspace(1.0, 0.1, 60)[:-1], torch.logspace(-1, -3, 60)]).double()
+    grid[-1] = EPS
+    own, equal = samples_at(method, sde, grid=grid), samples_at(method, sde, steps=100)
+    assert (own - equal).square().mean().sqrt() < 0.05
 
 
 # --- adaptive steps ---------------------------------------------------------------------------------------------------
