@@ -75,8 +75,8 @@ def get_sde_sampler(
     * ``adaptive``: ``unipc_sde`` with a step size for each sample, from the gap between its two results. A rejected
       step is tried again on the same Brownian path; drawing new noise would favour paths that are easy to follow.
 
-    All follow the same Brownian path for the same seed, T and eps: twice the steps halve a sample's distance from the
-    exact solution, and the adaptive method converges to the same sample.
+    All follow the same Brownian path for the same seed, T and eps, where ``z`` is given to all or to none: twice the
+    steps halve a sample's distance from the exact solution, and the adaptive method converges to the same sample.
 
     Args:
         sde: the forward SDE, an AffineSDE.
