@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter, temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
@@ -55,6 +55,15 @@ def of_values(f: Callable[[Tensor], Result], t: Tensor) -> Result:
         while wrapped.is_functorch_wrapped_tensor(t):
             t = wrapped.get_unwrapped(t)
         return f(t)
+
+
+def outlasting(t: Tensor) -> Tensor:
+    """A tensor without derivatives as it can be kept when the transforms that it was computed in have ended, which wrap
+    all that is computed."""
+    if _are_functorch_transforms_active():
+        for level in range(retrieve_current_functorch_interpreter().level(), 0, -1):
+            t = torch._C._functorch._unwrap_for_grad(t, level)
+    return t
 
 
 def check_array(name: str, y: Any) -> None:

@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from . import ops
 from ._C import host
-from .checks import recorded, traced
+from .checks import outlasting, traced
 from .reference import Draw
 
 __all__ = [
@@ -98,9 +98,10 @@ class _Streams:
             raise ValueError(f"ids: expected one stream id a sample, {len(like)}, got {len(self.ids)}.")
         # The count is part of the key, a tensor: as a number it would be a constant of a compiled or captured graph.
         key = self.key
-        # A transform would wrap the sum, and leave the wrapped count behind for draws after it.
-        own = key.is_cpu and not recorded() and not torch._C._functorch.is_functorch_wrapped_tensor(key)
-        self.key = host.next_draw(key) if own else key + self.one_draw
+        if key.is_cpu and not traced():
+            self.key = host.next_draw(key)
+        else:
+            self.key = outlasting(key + self.one_draw)
         return key, self.ids
 
     def normal(self, like: Tensor) -> Draw:

@@ -693,3 +693,26 @@ def _register_fakes() -> None:
 
 
 _register_fakes()
+
+
+def _register_vmap() -> None:
+    """Noise under vmap, where keys or ids differ from call to call: streams of one key are made together."""
+
+    def batched(op: Any) -> None:
+        def rule(info: Any, in_dims: Any, key: Tensor, ids: Tensor | None, draw: int, size: Any, *high: int) -> Any:
+            n, (of_key, of_ids, *_) = info.batch_size, in_dims
+            if of_key is None and ids is not None:
+                together = (n * size[0], *size[1:])
+                values = op(key, ids.movedim(of_ids, 0).flatten(), draw, together, *high)
+                return values.reshape(n, *size), 0
+            keys = key.expand(n, 2) if of_key is None else key.movedim(of_key, 0)
+            streams = [ids] * n if of_ids is None or ids is None else ids.movedim(of_ids, 0)
+            return torch.stack([op(k, i, draw, size, *high) for k, i in zip(keys, streams, strict=True)]), 0
+
+        torch.library.register_vmap(op, rule)
+
+    for name in ("noise_normal", "noise_uniform", "noise_integers"):
+        batched(getattr(_traced, name).default)
+
+
+_register_vmap()
