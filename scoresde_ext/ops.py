@@ -62,7 +62,11 @@ def _name_argument(op: Callable[..., Any], args: Any, kwargs: Any, error: Except
     first_word = re.match(r"\w+", str(error))
     if first_word and first_word[0] in (*signature.parameters, *Draw._fields):
         return  # it is named already
-    for name, value in signature.bind(*args, **kwargs).arguments.items():
+    try:
+        arguments = signature.bind(*args, **kwargs).arguments
+    except TypeError:
+        return  # Python has said what is missing
+    for name, value in arguments.items():
         if isinstance(value, Draw):
             _require_types(value._asdict(), typing.get_type_hints(Draw), error)
         _require_types({name: value}, hints, error)
@@ -81,9 +85,12 @@ def _is_a(hint: Any, value: Any) -> bool:
     if origin is types.UnionType:
         return any(_is_a(h, value) for h in inner)
     if origin is Sequence:
-        return not isinstance(value, str) and isinstance(value, Sequence) and all(_is_a(inner[0], v) for v in value)
+        if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
+            return False
+        return all(_is_a(inner[0], v) for v in value)
     if hint is Tensor:
-        return isinstance(value, Tensor) and value.layout is torch.strided and not value.is_nested
+        dense = isinstance(value, Tensor) and value.layout is torch.strided
+        return dense and not value.is_nested and not value.is_quantized
     try:
         if hint is int:
             return -(2**63) <= operator.index(value) < 2**63
@@ -453,7 +460,7 @@ def rk_last_stage(
     """:func:`rk_drift_stage` for 2 to 4 lines ``a`` in one pass: k, the last stage, and the sums that end the step as
     far as they are known: the new state, also with ``y + h``, and error estimates, without. Without ``keep`` k is not
     among them."""
-    if len(a) < 2:
+    if not 2 <= len(a) <= 4:
         raise ValueError(f"a: expected 2 to 4 lines of coefficients, got {len(a)}.")
     *sums, k = _drift_stage("rk_last_stage", y, ks, a, 2, h, x, out, f, q, keep)
     return (k, *sums) if keep else (*sums, k)
@@ -473,15 +480,16 @@ def _drift_stage(
     outs, (xs, at) = _array("out", out, y), _point(x, y)
     hs, fs, qs = _number("h", h, y), None if f is None else _number("f", f, y), _number("q", q, y)
     slopes = [_array("ks", k, y) for k in ks]
+    for line in a:
+        _weights("a", line, len(slopes) + 1)
     if derived(y, hs, xs, outs, fs, qs, *slopes):
-        lines = tuple(_weights("a", line, len(slopes) + 1) for line in a)
         point = _weights("x", at, len(slopes)) if xs is None and fs is not None else xs
         k, *sums = _by_reference(
             name,
             y,
             y=y,
             ks=slopes,
-            a=lines if name == "rk_last_stage" else lines[0],
+            a=a if name == "rk_last_stage" else a[0],
             h=hs,
             x=point,
             out=outs,
@@ -553,6 +561,13 @@ def rk_control(norm: Tensor, h: Tensor, after_rejection: Tensor, exponent: float
                 f"{name}: expected a tensor like norm, {tuple(norm.shape)} on {norm.device}, got {t!r:.80}."
             )
     if derived(norm, h):
+        for name, t, dtype in (
+            ("norm", norm, torch.float64),
+            ("h", h, torch.float64),
+            ("after_rejection", after_rejection, torch.bool),
+        ):
+            if t.dtype != dtype or t.dim() != 1:
+                raise ValueError(f"{name}: expected {dtype} of shape (R,), got {t.dtype} {tuple(t.shape)}.")
         return reference.rk_control(norm, h, after_rejection, exponent)
     return _op("rk_control", norm)(norm, h, after_rejection, exponent)
 
@@ -573,6 +588,8 @@ def marginal(u: Tensor, first: float, last: float, process: str, a: float, b: fl
     if process not in PROCESSES:
         raise ValueError(f"process: expected one of {', '.join(PROCESSES)}, got {process!r}.")
     if derived(u, first, last, a, b):
+        if u.dim() != 1 or u.dtype != compute_dtype(u):
+            raise ValueError(f"u: expected float32 or float64 of shape (B,), got {u.dtype} {tuple(u.shape)}.")
         return reference.marginal(u, first, last, process, a, b)
     return _op("marginal", u)(u, first, last, PROCESSES.index(process), a, b)
 
@@ -584,6 +601,8 @@ def put(into: Tensor, values: Tensor, chosen: Tensor) -> None:
     _state("into", into)
     values = _array("values", values, into)
     if derived(into, values):
+        if chosen.dtype != torch.bool or chosen.shape not in ((1,), into.shape[:1]) or chosen.device != into.device:
+            raise ValueError(f"chosen: expected a bool tensor of one element or ({len(into)},), got {chosen!r:.80}.")
         return reference.put(into, values, chosen)
     return _op("put", into)(into, values, chosen)
 
@@ -611,6 +630,7 @@ def noise_normal(key: Tensor, ids: Tensor | None, draw: int, size: Sequence[int]
 def squares_of_noise(draw: Draw, like: Tensor) -> tuple[Draw, Tensor]:
     """The sum of squares of each sample's noise, ``(B,)``, and the draw for another use of it: on the CPU as an array,
     which costs less to keep than to generate again."""
+    _state("like", like)
     if like.is_cpu and draw.key is not None and like.dtype == torch.float32 and not transformed():
         _generated(draw.key, draw.ids, like.shape)
         z, squares = _op("noise_with_squares", like)(draw.key, draw.ids, draw.draw, like.shape)
@@ -637,6 +657,7 @@ def noise_integers(key: Tensor, ids: Tensor | None, draw: int, size: Sequence[in
 @_refusing
 def materialize(draw: Draw, like: Tensor) -> Tensor:
     """The noise of a draw as an array of the shape, dtype and device of ``like``."""
+    _state("like", like)
     if draw.key is None:
         return _array("z", draw.z, like)
     return noise_normal(draw.key, draw.ids, draw.draw, like.shape).to(like.dtype)

@@ -8,14 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import forward_ad
-from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 from scoresde_ext import losses, noise, ops, reference, sampling, sde_lib
 from scoresde_ext.models import utils as mutils
 from scoresde_ext.ops import Draw
-from scoresde_ext.reference import rows
 
 N = 10
 SDES = {
