@@ -163,7 +163,7 @@ def _number(name: str, v: Any, x: Tensor) -> Any:
     if not isinstance(v, Tensor) or not v.is_floating_point():
         got = v.dtype if isinstance(v, Tensor) else type(v).__name__
         raise TypeError(f"{name}: expected a number or a floating-point tensor of one element or (B,), got {got}.")
-    if v.dim() > 1 or (v.numel() != 1 and v.numel() != len(x)) or v.device != x.device:
+    if v.dim() > 1 or (v.numel() != 1 and v.numel() != x.shape[0]) or v.device != x.device:
         raise ValueError(
             f"{name}: expected one number or one a sample, shape {tuple(x.shape[:1])} on {x.device}, "
             f"got shape {tuple(v.shape)} on {v.device}."
@@ -214,7 +214,7 @@ def _noise(draw: Any, x: Tensor, kept: bool = False) -> tuple[Tensor | None, Ten
     """``kept``: whether the draw may be one of :func:`perturb_keeping`."""
     if isinstance(draw, Draw):
         z, key, ids, number = draw
-        if key is not None and (z is None or (kept and z.shape[1:] == x.shape[1:] and len(z) <= len(x))):
+        if key is not None and (z is None or (kept and z.shape[1:] == x.shape[1:])):
             _streams(key, ids, x)
             return z, key, ids, number
         if z is not None and key is None:
@@ -333,12 +333,12 @@ def perturb_keeping(x0: Tensor, m: Tensor | float, s: Tensor | float, draw: Draw
     """
     _state("x0", x0)
     ms, ss, noise = _number("m", m, x0), _number("s", s, x0), _noise(draw, x0)
-    keeps = x0.is_cpu and x0.dtype == torch.float32 and draw.key is not None
+    keeps = x0.is_cpu and x0.dtype == torch.float32 and draw.key is not None and not torch.compiler.is_exporting()
     if not keeps or derived(x0, ms, ss):
         if x0.is_cpu:
             check_state("x0", x0)
         return perturb(x0, m, s, draw), draw
-    x, z = _op("perturb_keeping", x0)(x0, ms, ss, *noise[1:], len(x0) * 15 // 16)
+    x, z = _op("perturb_keeping", x0)(x0, ms, ss, *noise[1:], x0.shape[0] * 15 // 16)
     return x, draw._replace(z=z)
 
 

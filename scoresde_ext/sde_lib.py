@@ -351,7 +351,7 @@ def is_affine(sde: Any) -> TypeGuard[AffineSDE]:
 
 def _normal_logp(z: Tensor, std: float) -> Tensor:
     n = math.prod(z.shape[1:])
-    return -n / 2.0 * math.log(2 * math.pi * std**2) - z.square().reshape(len(z), n).sum(1) / (2 * std**2)
+    return -n / 2.0 * math.log(2 * math.pi * std**2) - z.square().reshape(z.shape[0], n).sum(1) / (2 * std**2)
 
 
 class _DiscreteVP(AffineSDE):

@@ -221,6 +221,16 @@ std::tuple<Tensor, Tensor> score_loss(const Tensor& out, const OptTensor& c, con
   return op.call(out, c, d, w, z, key, ids, draw, with_grad, total);
 }
 
+void put(const Tensor& into, const Tensor& values, const Tensor& chosen) {
+  check_no_tangents("put", {into, values});
+  TORCH_CHECK_NOT_IMPLEMENTED(!recorded({into, values}),
+                              "torch.ops.scoresde_ext.put is not implemented for arrays that "
+                              "require gradients. Call scoresde_ext.ops.put, which has a derivative.");
+  static const auto op = find<signatures::put>("put");
+  const at::AutoDispatchBelowADInplaceOrView below;
+  op.call(into, values, chosen);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(scoresde_ext, Autograd, m) {
@@ -228,10 +238,11 @@ TORCH_LIBRARY_IMPL(scoresde_ext, Autograd, m) {
   m.impl("affine_noise", &affine_noise);
   m.impl("perturb", &perturb);
   m.impl("score_loss", &score_loss);
+  m.impl("put", &put);
   // Without derivatives: scoresde_ext.ops answers by plain torch where one is asked for. Called past it they refuse,
   // where torch would warn or keep silent.
   for (const char* name : {"affine_next", "perturb_keeping", "combine", "rk_stage", "rk_drift_stage", "rk_error",
-                           "rk_drift_error", "rk_control", "marginal", "put"}) {
+                           "rk_drift_error", "rk_control", "marginal"}) {
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
   }
 }
