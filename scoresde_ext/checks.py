@@ -3,24 +3,67 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter, temporarily_clear_interpreter_stack
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ._C import host
 
+Result = TypeVar("Result")
+
+
+def recorded() -> bool:
+    """Whether calls are recorded by torch.compile, torch.export or the like: then tensors have no values yet."""
+    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+
+
+def transformed() -> bool:
+    """Whether torch.func transforms calls (grad, vmap, ...) or forward-mode derivatives are taken: then calls have to
+    be plain torch's, which has a rule for each transform."""
+    return _are_functorch_transforms_active() or forward_ad._current_level >= 0
+
 
 def traced() -> bool:
-    """Whether calls are recorded by torch.compile or the like, or transformed by torch.func: then they have to be
-    torch's own, on tensors whose memory is no one else's business."""
-    return (
-        torch.compiler.is_compiling()
-        or is_in_torch_dispatch_mode()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    )
+    """Whether calls are recorded or transformed: then they have to be torch's own, on tensors whose memory is no one
+    else's business."""
+    return recorded() or transformed()
+
+
+def derived(*arguments: Any) -> bool:
+    """Whether derivatives with respect to any of the arguments are asked for: then no kernel without one will do, and
+    no number that was read from a tensor. Under a transform the answer is always yes."""
+    if torch.is_grad_enabled():
+        for v in arguments:
+            if isinstance(v, Tensor) and v.requires_grad:
+                return True
+    return transformed()
+
+
+def of_values(f: Callable[[Tensor], Result], t: Tensor) -> Result:
+    """``f(t)`` for what only looks at values, also of a tensor that torch.func wraps: ``f`` is given the tensor within,
+    where no transform sees it. Within a tensor that vmap wraps are the values of all its calls."""
+    if not _are_functorch_transforms_active():
+        return f(t)
+    wrapped = torch._C._functorch
+    with temporarily_clear_interpreter_stack():
+        while wrapped.is_functorch_wrapped_tensor(t):
+            t = wrapped.get_unwrapped(t)
+        return f(t)
+
+
+def outlasting(t: Tensor) -> Tensor:
+    """A tensor without derivatives as it can be kept when the transforms that it was computed in have ended, which wrap
+    all that is computed."""
+    if _are_functorch_transforms_active():
+        for level in range(retrieve_current_functorch_interpreter().level(), 0, -1):
+            t = torch._C._functorch._unwrap_for_grad(t, level)
+    return t
 
 
 def check_array(name: str, y: Any) -> None:
@@ -35,7 +78,8 @@ def check_array(name: str, y: Any) -> None:
 
 def check_inputs(x: Tensor, t: Tensor, T: float) -> float | None:
     """States are floating point ``(B, *)``; times are one a sample, in [0, T]. The times' values are looked at on the
-    CPU alone: elsewhere that would wait for the device. Returns the time where all samples are seen to have the same.
+    CPU alone: elsewhere that would wait for the device. Returns the time where all samples are seen to have the same;
+    None where it is differentiated or transformed, for a number has no derivative.
 
     Raises:
         ValueError: another shape, dtype or device, a value outside [0, T], or NaN.
@@ -48,27 +92,36 @@ def check_inputs(x: Tensor, t: Tensor, T: float) -> float | None:
             f"got {got}. "
             "For one time for all, use torch.full((B,), t)."
         )
-    if not t.is_cpu or traced() or len(t) == 0:
+    if not t.is_cpu or recorded() or t.numel() == 0:
         return None
-    first, last = host.extremes(t if t.dtype in (torch.float32, torch.float64) else t.double())
+    first, last = of_values(_extremes, t)
     if not (first >= 0 and last <= T * (1 + 1e-6)):
         raise ValueError(f"t: expected times in [0, T = {T}], got values from {first:g} to {last:g}.")
-    return first if first == last else None
+    return first if first == last and not derived(t) else None
+
+
+def _extremes(t: Tensor) -> tuple[float, float]:
+    if t.dim() != 1 or t.dtype not in (torch.float32, torch.float64):
+        t = t.detach().flatten().double()
+    return host.extremes(t)
 
 
 def finite(*arrays: Tensor) -> bool:
     """Whether arrays have no NaN or Inf, in a pass without an array of its own: a finite sum has finite terms. (False
     also where the sum overflows.)"""
-    return all(math.isfinite(a.detach().sum()) for a in arrays)
+    return all(of_values(lambda v: math.isfinite(v.detach().sum()), a) for a in arrays)
 
 
 def check_state(name: str, y: Any) -> None:
-    """A state is a floating-point tensor (B, ...) without NaN or Inf."""
+    """A state is a floating-point tensor (B, ...) without NaN or Inf, which are looked for where there are values."""
     check_array(name, y)
+    if recorded():
+        return
     if y.is_meta:
         raise ValueError(f"{name}: expected a tensor with values, got one on {y.device}.")
-    if not (finite(y) or y.isfinite().all()):
-        raise ValueError(f"{name}: expected finite values, got NaN or Inf in {name_rows(bad_rows(y))}.")
+    if not (finite(y) or of_values(lambda v: bool(v.isfinite().all()), y)):
+        where = "." if transformed() else f" in {name_rows(bad_rows(y))}."  # vmap sees one sample of many
+        raise ValueError(f"{name}: expected finite values, got NaN or Inf{where}")
 
 
 def check_latent(z: Any, shape: tuple[int, ...], device: torch.device | str) -> None:

@@ -70,7 +70,7 @@ def _perturbed(batch: Tensor, m: Tensor | float, s: Tensor | float, draw: Draw) 
 def _reduction(x: Tensor, reduce_mean: bool) -> float:
     """Weight of a squared residual in the loss: the mean over elements or half their sum, then the mean over the
     batch."""
-    batch = max(len(x), 1)
+    batch = max(x.shape[0], 1)
     return 1.0 / max(x.numel(), batch) if reduce_mean else 0.5 / batch
 
 
@@ -160,7 +160,7 @@ def get_smld_loss_fn(vesde: VESDE, train: bool, reduce_mean: bool = False) -> Lo
     def loss_fn(model: Any, batch: Tensor) -> Tensor:
         check_array("batch", batch)
         mutils.ensure_mode(model, train)
-        like = batch.new_empty(len(batch), dtype=ops.compute_dtype(batch))
+        like = batch.new_empty(batch.shape[0], dtype=ops.compute_dtype(batch))
         labels = noise.integers(vesde.N, like)
         sigmas = vesde.table("discrete_sigmas", like)[vesde.N - 1 - labels]  # label 0 is the largest
         draw = noise.normal(batch)
@@ -183,7 +183,7 @@ def get_ddpm_loss_fn(vpsde: VPSDE, train: bool, reduce_mean: bool = True) -> Los
     def loss_fn(model: Any, batch: Tensor) -> Tensor:
         check_array("batch", batch)
         mutils.ensure_mode(model, train)
-        like = batch.new_empty(len(batch), dtype=ops.compute_dtype(batch))
+        like = batch.new_empty(batch.shape[0], dtype=ops.compute_dtype(batch))
         labels = noise.integers(vpsde.N, like)
         m, std = (vpsde.table(name, like)[labels] for name in ("sqrt_alphas_cumprod", "sqrt_1m_alphas_cumprod"))
         draw = noise.normal(batch)

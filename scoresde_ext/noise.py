@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from . import ops
 from ._C import host
-from .checks import traced
+from .checks import outlasting, traced
 from .reference import Draw
 
 __all__ = [
@@ -94,11 +94,14 @@ class _Streams:
     def _next(self, like: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.key.device != like.device:
             self.move(like.device)
-        if self.ids is not None and len(self.ids) != len(like):
-            raise ValueError(f"ids: expected one stream id a sample, {len(like)}, got {len(self.ids)}.")
+        if self.ids is not None and len(self.ids) != like.shape[0]:
+            raise ValueError(f"ids: expected one stream id a sample, {like.shape[0]}, got {len(self.ids)}.")
         # The count is part of the key, a tensor: as a number it would be a constant of a compiled or captured graph.
         key = self.key
-        self.key = host.next_draw(key) if key.is_cpu and not traced() else key + self.one_draw
+        if key.is_cpu and not traced():
+            self.key = host.next_draw(key)
+        else:
+            self.key = outlasting(key + self.one_draw)
         return key, self.ids
 
     def normal(self, like: Tensor) -> Draw:
@@ -285,7 +288,7 @@ def streams(like: Tensor) -> tuple[Tensor, Tensor]:
     if not isinstance(source, _Streams):
         raise ValueError("noise.replay: expected noise.seeds, for how much is drawn here depends on the samples.")
     key, ids = source._next(like)
-    return key, torch.arange(len(like), device=like.device) if ids is None else ids
+    return key, torch.arange(like.shape[0], device=like.device) if ids is None else ids
 
 
 def uniform(like: Tensor) -> Tensor:
@@ -298,9 +301,9 @@ def times_and_normal(batch: Tensor) -> tuple[Tensor, Draw]:
     normal noise. One key of torch's generator serves both."""
     dtype = ops.compute_dtype(batch)
     if not isinstance(_in_force.source, _Generator):
-        return uniform(batch.new_empty(len(batch), dtype=dtype)), normal(batch)
+        return uniform(batch.new_empty(batch.shape[0], dtype=dtype)), normal(batch)
     key = _new_key(batch.device)
-    u = ops.noise_uniform(key, None, 0, (len(batch),))
+    u = ops.noise_uniform(key, None, 0, (batch.shape[0],))
     return u if u.dtype == dtype else u.to(dtype), Draw(key=key, draw=1)
 
 

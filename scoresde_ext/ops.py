@@ -10,24 +10,105 @@ Gaussian noise ``z``, with one coefficient a sample. Conventions for all functio
 * noise is a :class:`Draw`: an array, or a stream from which the kernel generates it;
 * a wrong argument raises ``ValueError`` or ``TypeError`` before any work, naming the argument.
 
-``scoresde_ext.reference`` has the same functions in plain torch and is what the kernels are tested against. Calls with
-coefficients or noise arrays that require gradients are answered by it.
+``scoresde_ext.reference`` has the same functions in plain torch and is what the kernels are tested against. It answers
+where a kernel has no derivative: calls with coefficients or noise arrays that require gradients, calls that torch.func
+transforms (grad, vmap, ...), and calls in forward mode.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
+import operator
+import re
+import types
+import typing
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from . import _C, reference
-from .checks import check_state, traced
+from .checks import check_state, derived, traced, transformed
 from .reference import PROCESSES, Draw
 
 _traced, _calls = torch.ops.scoresde_ext, _C.calls  # the operators, twice: see _op
+
+
+# ---- what is refused ----
+
+Op = TypeVar("Op", bound=Callable[..., Any])
+
+
+def _refusing(op: Op) -> Op:
+    """Names the argument that is not of its type, where a call fails: looking first would take as long as a kernel."""
+
+    @functools.wraps(op)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return op(*args, **kwargs)
+        except Exception as error:
+            _name_argument(op, args, kwargs, error)
+            raise
+
+    return typing.cast(Op, call)
+
+
+def _name_argument(op: Callable[..., Any], args: Any, kwargs: Any, error: Exception) -> None:
+    signature, hints = inspect.signature(op), typing.get_type_hints(op)
+    first_word = re.match(r"\w+", str(error))
+    if first_word and first_word[0] in (*signature.parameters, *Draw._fields):
+        return  # it is named already
+    try:
+        arguments = signature.bind(*args, **kwargs).arguments
+    except TypeError:
+        return  # Python has said what is missing
+    for name, value in arguments.items():
+        if isinstance(value, Draw):
+            _require_types(value._asdict(), typing.get_type_hints(Draw), error)
+        _require_types({name: value}, hints, error)
+
+
+def _require_types(values: dict[str, Any], hints: dict[str, Any], error: Exception) -> None:
+    for name, value in values.items():
+        if not _is_a(hints[name], value):
+            got = f"{value.dtype}, {value.layout}" if isinstance(value, Tensor) else f"{value!r:.80}"
+            raise TypeError(f"{name}: expected {_in_words(hints[name])}, got {got}.") from error
+
+
+def _is_a(hint: Any, value: Any) -> bool:
+    """Whether a value is of a type. Real numbers of any kind are floats, whole ones that 64 bits hold are ints."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is types.UnionType:
+        return any(_is_a(h, value) for h in inner)
+    if origin is Sequence:
+        if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
+            return False
+        return all(_is_a(inner[0], v) for v in value)
+    if hint is Tensor:
+        dense = isinstance(value, Tensor) and value.layout is torch.strided
+        return dense and not value.is_nested and not value.is_quantized
+    try:
+        if hint is int:
+            return -(2**63) <= operator.index(value) < 2**63
+        return bool(hint is float and not isinstance(value, str) and float(value) is not None) or isinstance(
+            value, hint
+        )
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return False
+
+
+def _in_words(hint: Any) -> str:
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is types.UnionType:
+        return " or ".join(_in_words(h) for h in inner)
+    if origin is Sequence:
+        return f"a sequence, each entry {_in_words(inner[0])}"
+    words = {Tensor: "a dense tensor", float: "a number", int: "a whole number of 64 bits", types.NoneType: "None"}
+    return words.get(hint, f"a {getattr(hint, '__name__', hint)}")
 
 
 # ---- arguments ----
@@ -35,7 +116,10 @@ _traced, _calls = torch.ops.scoresde_ext, _C.calls  # the operators, twice: see 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """What an array is computed in, and the dtype of its times and coefficients: float64 for float64, else float32."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+    try:
+        return torch.float64 if x.dtype == torch.float64 else torch.float32
+    except AttributeError:
+        raise TypeError(f"x: expected a tensor, got {type(x).__name__}.") from None
 
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -54,6 +138,11 @@ def _array(name: str, t: Any, x: Tensor) -> Tensor:
     """An array that goes with ``x``, in the dtype of ``x``: a network under autocast may answer in another."""
     if isinstance(t, Tensor) and t.is_cpu and x.is_cpu and t.dtype == x.dtype and not torch.is_grad_enabled():
         return t  # the operator itself refuses another shape, in less time
+    return _whole(name, t, x)
+
+
+def _whole(name: str, t: Any, x: Tensor) -> Tensor:
+    """The same, looked at here: plain torch would broadcast."""
     if not isinstance(t, Tensor) or not t.is_floating_point():
         got = t.dtype if isinstance(t, Tensor) else type(t).__name__
         raise TypeError(f"{name}: expected a floating-point tensor of shape {tuple(x.shape)}, got {got}.")
@@ -69,10 +158,12 @@ def _number(name: str, v: Any, x: Tensor) -> Any:
     """A coefficient as a tensor of one element or ``(B,)``; or, as direct calls on the CPU take it, as a number."""
     if isinstance(v, (int, float)):
         return v if x.is_cpu and not traced() else torch.full((1,), v, dtype=compute_dtype(x), device=x.device)
+    if isinstance(v, (np.number, np.ndarray)) and v.ndim == 0:
+        return _number(name, v.item(), x)
     if not isinstance(v, Tensor) or not v.is_floating_point():
         got = v.dtype if isinstance(v, Tensor) else type(v).__name__
         raise TypeError(f"{name}: expected a number or a floating-point tensor of one element or (B,), got {got}.")
-    if v.dim() > 1 or (v.numel() != 1 and v.numel() != len(x)) or v.device != x.device:
+    if v.dim() > 1 or (v.numel() != 1 and v.numel() != x.shape[0]) or v.device != x.device:
         raise ValueError(
             f"{name}: expected one number or one a sample, shape {tuple(x.shape[:1])} on {x.device}, "
             f"got shape {tuple(v.shape)} on {v.device}."
@@ -80,6 +171,7 @@ def _number(name: str, v: Any, x: Tensor) -> Any:
     return v
 
 
+@_refusing
 def number(v: float | Tensor, x: Tensor) -> float | Tensor:
     """A coefficient of several calls that go with ``x``, made once."""
     return _number("v", v, x)
@@ -122,7 +214,7 @@ def _noise(draw: Any, x: Tensor, kept: bool = False) -> tuple[Tensor | None, Ten
     """``kept``: whether the draw may be one of :func:`perturb_keeping`."""
     if isinstance(draw, Draw):
         z, key, ids, number = draw
-        if key is not None and (z is None or (kept and z.shape[1:] == x.shape[1:] and len(z) <= len(x))):
+        if key is not None and (z is None or (kept and z.shape[1:] == x.shape[1:])):
             _streams(key, ids, x)
             return z, key, ids, number
         if z is not None and key is None:
@@ -140,12 +232,30 @@ def _streams(key: Any, ids: Any, x: Tensor) -> None:
             raise ValueError(f"{name}: expected an int64 tensor on {x.device}, got {got}.")
 
 
-def _needs_reference(*arguments: Tensor | float | None) -> bool:
-    if torch.is_grad_enabled():
-        for v in arguments:
-            if isinstance(v, Tensor) and v.requires_grad:
-                return True
-    return False
+_ARRAYS = ("out", "arrays", "ks", "x", "y1")  # of the calls below, besides the first
+
+
+def _by_reference(op: str, first: Tensor, /, **arguments: Any) -> Any:
+    """What plain torch answers to a call, in the compute dtype of its first array."""
+    dtype = compute_dtype(first)
+
+    def plain(name: str, v: Any) -> Any:
+        if isinstance(v, list):
+            return [plain(name, w) for w in v]
+        if isinstance(v, Draw):
+            z = _whole("z", v.z, first) if v.key is None else noise_normal(v.key, v.ids, v.draw, first.shape)
+            return Draw(z.to(dtype))
+        if not isinstance(v, Tensor):
+            return v
+        return (_whole(name, v, first) if name in _ARRAYS else v).to(dtype)
+
+    return getattr(reference, op)(*(plain(name, v) for name, v in arguments.items()))
+
+
+def _weights(name: str, weights: Sequence[float], n: int) -> Sequence[float]:
+    if len(weights) != n:
+        raise ValueError(f"{name}: expected {n} coefficients, one a slope, got {len(weights)}.")
+    return weights
 
 
 def _op(name: str, x: Tensor) -> Callable[..., Any]:
@@ -165,27 +275,30 @@ def _op(name: str, x: Tensor) -> Callable[..., Any]:
 # ---- affine ----
 
 
+@_refusing
 def affine(x: Tensor, out: Tensor | None, p: Tensor | float, q: Tensor | float | None = None) -> Tensor:
     """``p x + q out``: drifts and noise-free updates. Differentiable in ``x`` and ``out``, twice and more."""
     _state("x", x)
     ps, (outs, qs) = _number("p", p, x), _network(out, q, x)
-    if _needs_reference(ps, qs):
-        return reference.affine(x, outs, ps, qs).to(x.dtype)
+    if derived(ps, qs):
+        return _by_reference("affine", x, x=x, out=outs, p=ps, q=qs).to(x.dtype)
     return _op("affine", x)(x, outs, ps, qs)
 
 
+@_refusing
 def affine_noise(
     x: Tensor, out: Tensor | None, p: Tensor | float, q: Tensor | float | None, n: Tensor | float, draw: Draw
 ) -> tuple[Tensor, Tensor]:
     """``mean = p x + q out`` and ``next = mean + n z``: every predictor and corrector update. Returns both."""
     _state("x", x)
     ps, (outs, qs), ns, noise = _number("p", p, x), _network(out, q, x), _number("n", n, x), _noise(draw, x)
-    if _needs_reference(ps, qs, ns):
-        mean, after = reference.affine_noise(x, outs, ps, qs, ns, Draw(materialize(draw, x)))
+    if derived(ps, qs, ns):
+        mean, after = _by_reference("affine_noise", x, x=x, out=outs, p=ps, q=qs, n=ns, draw=draw)
         return mean.to(x.dtype), after.to(x.dtype)
     return _op("affine_noise", x)(x, outs, ps, qs, ns, *noise)
 
 
+@_refusing
 def affine_next(
     x: Tensor, out: Tensor | None, p: Tensor | float, q: Tensor | float | None, n: Tensor | float, draw: Draw
 ) -> Tensor:
@@ -193,20 +306,22 @@ def affine_next(
     way of it."""
     _state("x", x)
     ps, (outs, qs), ns, noise = _number("p", p, x), _network(out, q, x), _number("n", n, x), _noise(draw, x)
-    if _needs_reference(x, outs, ps, qs, ns, noise[0]):
+    if derived(x, outs, ps, qs, ns, noise[0]):
         return affine_noise(x, out, p, q, n, draw)[1]
     return _op("affine_next", x)(x, outs, ps, qs, ns, *noise)
 
 
+@_refusing
 def perturb(x0: Tensor, m: Tensor | float, s: Tensor | float, draw: Draw) -> Tensor:
     """``m x0 + s z``, a sample of the transition kernel N(m x_0, s^2) (Song et al. 2021, eq. 29)."""
     _state("x0", x0)
     ms, ss, noise = _number("m", m, x0), _number("s", s, x0), _noise(draw, x0)
-    if _needs_reference(ms, ss):
-        return reference.perturb(x0, ms, ss, Draw(materialize(draw, x0))).to(x0.dtype)
+    if derived(ms, ss):
+        return _by_reference("perturb", x0, x0=x0, m=ms, s=ss, draw=draw).to(x0.dtype)
     return _op("perturb", x0)(x0, ms, ss, *noise)
 
 
+@_refusing
 def perturb_keeping(x0: Tensor, m: Tensor | float, s: Tensor | float, draw: Draw) -> tuple[Tensor, Draw]:
     """:func:`perturb`, and the draw as :func:`score_loss` takes it: on the CPU with the noise of the first 15 of
     16 samples. To keep it costs less than to generate it again, even in large arrays; with the rest, a step of the loss
@@ -218,18 +333,19 @@ def perturb_keeping(x0: Tensor, m: Tensor | float, s: Tensor | float, draw: Draw
     """
     _state("x0", x0)
     ms, ss, noise = _number("m", m, x0), _number("s", s, x0), _noise(draw, x0)
-    keeps = x0.is_cpu and x0.dtype == torch.float32 and draw.key is not None
-    if not keeps or _needs_reference(x0, ms, ss):
-        if x0.is_cpu and not torch.compiler.is_compiling():
+    keeps = x0.is_cpu and x0.dtype == torch.float32 and draw.key is not None and not torch.compiler.is_exporting()
+    if not keeps or derived(x0, ms, ss):
+        if x0.is_cpu:
             check_state("x0", x0)
         return perturb(x0, m, s, draw), draw
-    x, z = _op("perturb_keeping", x0)(x0, ms, ss, *noise[1:], len(x0) * 15 // 16)
+    x, z = _op("perturb_keeping", x0)(x0, ms, ss, *noise[1:], x0.shape[0] * 15 // 16)
     return x, draw._replace(z=z)
 
 
 # ---- loss ----
 
 
+@_refusing
 def score_loss(
     out: Tensor,
     c: Tensor | float | None,
@@ -254,9 +370,8 @@ def score_loss(
         raise ValueError("d, draw: expected both or neither.")
     cs, ds = (None if v is None else _number(name, v, out) for name, v in (("c", c), ("d", d)))
     ws, noise = _number("w", w, out), (None, None, None, 0) if d is None else _noise(draw, out, kept=True)
-    if _needs_reference(cs, ds, ws, noise[0]):
-        z = None if draw is None else Draw(materialize(draw, out))
-        loss = reference.score_loss(out, cs, ds, ws, z)[0].to(compute_dtype(out))
+    if derived(cs, ds, ws, noise[0]):
+        loss = _by_reference("score_loss", out, out=out, c=cs, d=ds, w=ws, draw=draw)[0]
         return loss.sum() if total else loss
     with_grad = c is not None and out.requires_grad and torch.is_grad_enabled()
     shape_only = c is None  # then nothing depends on the values of out
@@ -266,6 +381,7 @@ def score_loss(
 # ---- multistep ----
 
 
+@_refusing
 def combine(arrays: Sequence[Tensor], coefficients: Tensor | Sequence[Sequence[float]]) -> tuple[Tensor, ...]:
     """``sum_k C[m, k] arrays[k]`` for each line m of a matrix, added in the order of k: the update of a multistep
     method, and whatever else it makes of the same arrays, in one pass over them.
@@ -289,9 +405,8 @@ def combine(arrays: Sequence[Tensor], coefficients: Tensor | Sequence[Sequence[f
     first = arrays[0]
     _state("arrays", first)
     terms, matrix = [_array("arrays", a, first) for a in arrays], _matrix(coefficients, len(arrays), first)
-    if _needs_reference(matrix, *terms):
-        dtype = compute_dtype(first)
-        results = reference.combine([a.to(dtype) for a in terms], matrix.to(dtype))
+    if derived(matrix, *terms):
+        results = _by_reference("combine", first, arrays=terms, coefficients=matrix)
         return tuple(r.to(first.dtype) for r in results)
     return tuple(_op("combine", first)(terms, matrix))
 
@@ -299,15 +414,17 @@ def combine(arrays: Sequence[Tensor], coefficients: Tensor | Sequence[Sequence[f
 # ---- Runge-Kutta ----
 
 
+@_refusing
 def rk_stage(y: Tensor, ks: Sequence[Tensor], a: Sequence[float], h: Tensor | float) -> Tensor:
     """``y + h sum_j a_j k_j``: at most 16 slopes, ``a`` one Python number a slope, ``h`` a number or ``(B,)``."""
     _state("y", y)
     slopes, hs = [_array("ks", k, y) for k in ks], _number("h", h, y)
-    if _needs_reference(y, hs, *slopes):
-        return reference.rk_stage(y, slopes, a, hs)
+    if derived(y, hs, *slopes):
+        return _by_reference("rk_stage", y, y=y, ks=slopes, a=_weights("a", a, len(slopes)), h=hs).to(y.dtype)
     return _op("rk_stage", y)(y, slopes, a, hs)
 
 
+@_refusing
 def rk_drift_stage(
     y: Tensor,
     ks: Sequence[Tensor],
@@ -328,6 +445,7 @@ def rk_drift_stage(
     return k, following
 
 
+@_refusing
 def rk_last_stage(
     y: Tensor,
     ks: Sequence[Tensor],
@@ -342,7 +460,7 @@ def rk_last_stage(
     """:func:`rk_drift_stage` for 2 to 4 lines ``a`` in one pass: k, the last stage, and the sums that end the step as
     far as they are known: the new state, also with ``y + h``, and error estimates, without. Without ``keep`` k is not
     among them."""
-    if len(a) < 2:
+    if not 2 <= len(a) <= 4:
         raise ValueError(f"a: expected 2 to 4 lines of coefficients, got {len(a)}.")
     *sums, k = _drift_stage("rk_last_stage", y, ks, a, 2, h, x, out, f, q, keep)
     return (k, *sums) if keep else (*sums, k)
@@ -362,14 +480,29 @@ def _drift_stage(
     outs, (xs, at) = _array("out", out, y), _point(x, y)
     hs, fs, qs = _number("h", h, y), None if f is None else _number("f", f, y), _number("q", q, y)
     slopes = [_array("ks", k, y) for k in ks]
-    if _needs_reference(y, hs, xs, outs, fs, qs, *slopes):
-        lines = a if name == "rk_last_stage" else a[0]
-        k, *sums = getattr(reference, name)(y, slopes, lines, hs, at if xs is None else xs, outs, fs, qs)
-        return (*sums, k) if keep else sums
+    for line in a:
+        _weights("a", line, len(slopes) + 1)
+    if derived(y, hs, xs, outs, fs, qs, *slopes):
+        point = _weights("x", at, len(slopes)) if xs is None and fs is not None else xs
+        k, *sums = _by_reference(
+            name,
+            y,
+            y=y,
+            ks=slopes,
+            a=a if name == "rk_last_stage" else a[0],
+            h=hs,
+            x=point,
+            out=outs,
+            f=fs,
+            q=qs,
+        )
+        results = (*sums, k) if keep else sums
+        return [r.to(y.dtype) for r in results]
     flat = a[0] if len(a) == 1 else [c for line in a for c in line]
     return _op("rk_drift_stage", y)(y, slopes, flat, hs, xs, at, outs, fs, qs, states, keep)
 
 
+@_refusing
 def rk_error(
     y0: Tensor, y1: Tensor, ks: Sequence[Tensor], e: Sequence[float], h: Tensor | float, rtol: float, atol: float
 ) -> Tensor:
@@ -377,11 +510,13 @@ def rk_error(
     ``(B,)``. NaN in either state gives NaN."""
     _state("y0", y0)
     y1s, slopes, hs = _array("y1", y1, y0), [_array("ks", k, y0) for k in ks], _number("h", h, y0)
-    if _needs_reference(y0, y1s, hs, *slopes):
-        return reference.rk_error(y0, y1s, slopes, e, hs, rtol, atol)
+    if derived(y0, y1s, hs, *slopes):
+        weights = _weights("e", e, len(slopes))
+        return _by_reference("rk_error", y0, y0=y0, y1=y1s, ks=slopes, e=weights, h=hs, rtol=rtol, atol=atol)
     return _op("rk_error", y0)(y0, y1s, slopes, e, hs, rtol, atol)
 
 
+@_refusing
 def rk_drift_error(
     y0: Tensor,
     y1: Tensor,
@@ -399,11 +534,16 @@ def rk_drift_error(
     _state("y0", y0)
     y1s, slopes, outs = _array("y1", y1, y0), [_array("ks", k, y0) for k in ks], _array("out", out, y0)
     hs, fs, qs = _number("h", h, y0), None if f is None else _number("f", f, y0), _number("q", q, y0)
-    if _needs_reference(y0, y1s, hs, outs, fs, qs, *slopes):
-        return reference.rk_drift_error(y0, y1s, slopes, e, hs, outs, fs, qs, rtol, atol)
+    if derived(y0, y1s, hs, outs, fs, qs, *slopes):
+        weights = _weights("e", e, len(slopes) + 1)
+        squares, k = _by_reference(
+            "rk_drift_error", y0, y0=y0, y1=y1s, ks=slopes, e=weights, h=hs, out=outs, f=fs, q=qs, rtol=rtol, atol=atol
+        )
+        return squares, k.to(y0.dtype)
     return _op("rk_drift_error", y0)(y0, y1s, slopes, e, hs, outs, fs, qs, rtol, atol)
 
 
+@_refusing
 def rk_control(norm: Tensor, h: Tensor, after_rejection: Tensor, exponent: float) -> Tensor:
     """The step-size controller, one decision a row: float64 ``(2, R)``, whether the step is accepted (1 or 0) and the
     next ``|h|``.
@@ -420,12 +560,22 @@ def rk_control(norm: Tensor, h: Tensor, after_rejection: Tensor, exponent: float
             raise ValueError(
                 f"{name}: expected a tensor like norm, {tuple(norm.shape)} on {norm.device}, got {t!r:.80}."
             )
+    if derived(norm, h):
+        for name, t, dtype in (
+            ("norm", norm, torch.float64),
+            ("h", h, torch.float64),
+            ("after_rejection", after_rejection, torch.bool),
+        ):
+            if t.dtype != dtype or t.dim() != 1:
+                raise ValueError(f"{name}: expected {dtype} of shape (R,), got {t.dtype} {tuple(t.shape)}.")
+        return reference.rk_control(norm, h, after_rejection, exponent)
     return _op("rk_control", norm)(norm, h, after_rejection, exponent)
 
 
 # ---- marginals ----
 
 
+@_refusing
 def marginal(u: Tensor, first: float, last: float, process: str, a: float, b: float) -> tuple[Tensor, Tensor, Tensor]:
     """Times ``t = first + (last - first) u`` and there m and s of p(x_t | x_0) = N(m x_0, s^2), ``(B,)`` each, like
     ``u``, which is float32 or float64.
@@ -437,14 +587,24 @@ def marginal(u: Tensor, first: float, last: float, process: str, a: float, b: fl
     _state("u", u)
     if process not in PROCESSES:
         raise ValueError(f"process: expected one of {', '.join(PROCESSES)}, got {process!r}.")
+    if derived(u, first, last, a, b):
+        if u.dim() != 1 or u.dtype != compute_dtype(u):
+            raise ValueError(f"u: expected float32 or float64 of shape (B,), got {u.dtype} {tuple(u.shape)}.")
+        return reference.marginal(u, first, last, process, a, b)
     return _op("marginal", u)(u, first, last, PROCESSES.index(process), a, b)
 
 
+@_refusing
 def put(into: Tensor, values: Tensor, chosen: Tensor) -> None:
     """Writes those samples of ``values`` into the contiguous array ``into`` that ``chosen``, bool ``(B,)`` or of one
-    element, is true for. Others are neither read nor written, as ``torch.where`` would. No gradients."""
+    element, is true for. Others are neither read nor written, as ``torch.where`` would."""
     _state("into", into)
-    _op("put", into)(into, _array("values", values, into), chosen)
+    values = _array("values", values, into)
+    if derived(into, values):
+        if chosen.dtype != torch.bool or chosen.shape not in ((1,), into.shape[:1]) or chosen.device != into.device:
+            raise ValueError(f"chosen: expected a bool tensor of one element or ({len(into)},), got {chosen!r:.80}.")
+        return reference.put(into, values, chosen)
+    return _op("put", into)(into, values, chosen)
 
 
 # ---- noise ----
@@ -458,6 +618,7 @@ def _generated(key: Any, ids: Any, size: Sequence[int]) -> None:
         raise ValueError(f"size: expected a shape (B, ...) with at most 2^34 elements a sample, got {tuple(size)}.")
 
 
+@_refusing
 def noise_normal(key: Tensor, ids: Tensor | None, draw: int, size: Sequence[int]) -> Tensor:
     """Standard normals of shape ``size = (B, *)``, float32, within 4 ulp of the exact formula (Box and Muller 1958, on
     Philox4x32-10, Salmon et al. 2011). See :class:`Draw` for the arguments; ValueError for a wrong one."""
@@ -465,10 +626,12 @@ def noise_normal(key: Tensor, ids: Tensor | None, draw: int, size: Sequence[int]
     return _op("noise_normal", key)(key, ids, draw, size)
 
 
+@_refusing
 def squares_of_noise(draw: Draw, like: Tensor) -> tuple[Draw, Tensor]:
     """The sum of squares of each sample's noise, ``(B,)``, and the draw for another use of it: on the CPU as an array,
     which costs less to keep than to generate again."""
-    if like.is_cpu and draw.key is not None and like.dtype == torch.float32:
+    _state("like", like)
+    if like.is_cpu and draw.key is not None and like.dtype == torch.float32 and not transformed():
         _generated(draw.key, draw.ids, like.shape)
         z, squares = _op("noise_with_squares", like)(draw.key, draw.ids, draw.draw, like.shape)
         return Draw(z), squares
@@ -477,20 +640,24 @@ def squares_of_noise(draw: Draw, like: Tensor) -> tuple[Draw, Tensor]:
     return draw, score_loss(like, None, 1.0, 1.0, draw)
 
 
+@_refusing
 def noise_uniform(key: Tensor, ids: Tensor | None, draw: int, size: Sequence[int]) -> Tensor:
     """Uniform on [0, 1) with 24 bits, float32."""
     _generated(key, ids, size)
     return _op("noise_uniform", key)(key, ids, draw, size)
 
 
+@_refusing
 def noise_integers(key: Tensor, ids: Tensor | None, draw: int, size: Sequence[int], high: int) -> Tensor:
     """Uniform on {0, ..., high - 1}, int64; 1 <= high <= 2^32."""
     _generated(key, ids, size)
     return _op("noise_integers", key)(key, ids, draw, size, high)
 
 
+@_refusing
 def materialize(draw: Draw, like: Tensor) -> Tensor:
     """The noise of a draw as an array of the shape, dtype and device of ``like``."""
+    _state("like", like)
     if draw.key is None:
         return _array("z", draw.z, like)
     return noise_normal(draw.key, draw.ids, draw.draw, like.shape).to(like.dtype)
@@ -547,3 +714,26 @@ def _register_fakes() -> None:
 
 
 _register_fakes()
+
+
+def _register_vmap() -> None:
+    """Noise under vmap, where keys or ids differ from call to call: streams of one key are made together."""
+
+    def batched(op: Any) -> None:
+        def rule(info: Any, in_dims: Any, key: Tensor, ids: Tensor | None, draw: int, size: Any, *high: int) -> Any:
+            n, (of_key, of_ids, *_) = info.batch_size, in_dims
+            if of_key is None and ids is not None:
+                together = (n * size[0], *size[1:])
+                values = op(key, ids.movedim(of_ids, 0).flatten(), draw, together, *high)
+                return values.reshape(n, *size), 0
+            keys = key.expand(n, 2) if of_key is None else key.movedim(of_key, 0)
+            streams = [ids] * n if of_ids is None or ids is None else ids.movedim(of_ids, 0)
+            return torch.stack([op(k, i, draw, size, *high) for k, i in zip(keys, streams, strict=True)]), 0
+
+        torch.library.register_vmap(op, rule)
+
+    for name in ("noise_normal", "noise_uniform", "noise_integers"):
+        batched(getattr(_traced, name).default)
+
+
+_register_vmap()

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import noise, ops, sde_lib
 from ._C import host
-from .checks import check_inputs
+from .checks import check_inputs, derived
 from .integrate import time_vector
 from .models import utils as mutils
 from .reference import Draw
@@ -270,7 +270,8 @@ class LangevinCorrector(Corrector):
             out, k = score_terms(self.score_fn, x, t, at)
             draw, noise_squares = ops.squares_of_noise(noise.normal(x), x)
             score_squares = ops.score_loss(out, k, None, 1.0)
-            norm_ratio = _norm_ratio if isinstance(at, Tensor) else host.norm_ratio
+            by_torch = isinstance(at, Tensor) or derived(score_squares)  # a number has no derivative
+            norm_ratio = _norm_ratio if by_torch else host.norm_ratio
             ratio = self.snr * norm_ratio(noise_squares, score_squares)
             step = 2.0 * alpha * ratio * ratio
             x, x_mean = _update(self, x, out, 1.0, step * k, sqrt(2.0 * step), draw)

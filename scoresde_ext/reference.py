@@ -81,7 +81,7 @@ def score_loss(
         r = r + rows(c, out) * out
     if d is not None and draw is not None:
         r = r + rows(d, out) * _noise(draw, out)
-    loss = w * r.square().reshape(len(out), math.prod(out.shape[1:])).sum(1)
+    loss = w * r.square().reshape(out.shape[0], math.prod(out.shape[1:])).sum(1)
     grad = 2 * rows(w, out) * rows(c, out) * r if c is not None else torch.zeros_like(out)
     return loss, grad
 
@@ -160,7 +160,7 @@ def rk_error(
     """Per sample: sum over elements of (h sum_j e_j k_j / (atol + rtol max(|y0|, |y1|)))^2, in float64"""
     err = rk_stage(torch.zeros_like(y0), ks, e, h)
     scaled = err / (atol + rtol * torch.maximum(y0.abs(), y1.abs()))
-    return scaled.double().square().reshape(len(y0), math.prod(y0.shape[1:])).sum(1)
+    return scaled.double().square().reshape(y0.shape[0], math.prod(y0.shape[1:])).sum(1)
 
 
 def rk_drift_error(

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .checks import check_inputs
+from .checks import check_inputs, traced
 from .reference import rows
 
 Time = TypeVar("Time", Tensor, float)
@@ -247,14 +247,14 @@ class AffineSDE(SDE):
             # Newton's error is squared at each step: below 1e-8, the step found the last digit.
             at_end = torch.where(good, (newton - t).abs() <= 1e-8 * t, late - early <= 1e-15 * late)
             t, found = torch.where(found, t, following), found | at_end
-            if t.is_cpu and bool(found.all()):  # elsewhere that would wait for the device
+            if t.is_cpu and not traced() and bool(found.all()):  # elsewhere that would wait for the device
                 break
         return torch.where(log_snr.isnan(), log_snr, t)
 
     def _bracket(self, log_snr: Tensor) -> tuple[Tensor, Tensor]:
         """Neighbours in a table of times between which the log-SNR takes these values."""
-        if log_snr.is_cpu:
-            table = self._falling()
+        if log_snr.is_cpu or traced():
+            table = self._falling().to(log_snr.device)
         else:  # made and looked at once
             kept = self.__dict__.setdefault("_tables", {})
             key = "falling", log_snr.device, log_snr.dtype
@@ -304,7 +304,7 @@ class AffineSDE(SDE):
         """The table of the discrete process that is the attribute ``name``, in the dtype of ``like`` and on its device:
         it is moved there once."""
         table: Tensor = getattr(self, name)
-        if table.device == like.device or torch.compiler.is_compiling():
+        if table.device == like.device or traced():
             return table.to(like.device, like.dtype)
         kept = self.__dict__.setdefault("_tables", {})
         key = name, like.device, like.dtype
@@ -351,7 +351,7 @@ def is_affine(sde: Any) -> TypeGuard[AffineSDE]:
 
 def _normal_logp(z: Tensor, std: float) -> Tensor:
     n = math.prod(z.shape[1:])
-    return -n / 2.0 * math.log(2 * math.pi * std**2) - z.square().reshape(len(z), n).sum(1) / (2 * std**2)
+    return -n / 2.0 * math.log(2 * math.pi * std**2) - z.square().reshape(z.shape[0], n).sum(1) / (2 * std**2)
 
 
 class _DiscreteVP(AffineSDE):

@@ -316,3 +316,78 @@ def test_inductor_with_streams() -> None:
     ):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * max(1.0, b.abs().max().item()))
     assert math.isfinite(run(batch).item())
+
+
+# --- torch.export -----------------------------------------------------------------------------------------------------
+
+
+class Exported(nn.Module):
+    """A function as torch.export takes it, with the network that it calls."""
+
+    def __init__(self, f: Callable[..., Any], network: nn.Module) -> None:
+        super().__init__()
+        self.f, self.network = f, network
+
+    def forward(self, x: Tensor, t: Tensor) -> Any:
+        return self.f(x, t)
+
+
+EXPORTS: dict[str, Callable[[Any, Any], Callable[..., Any]]] = {
+    "sde": lambda sde, score_fn: sde.sde,
+    "discretize": lambda sde, score_fn: sde.discretize,
+    "marginal_prob": lambda sde, score_fn: sde.marginal_prob,
+    "reverse sde": lambda sde, score_fn: sde.reverse(score_fn).sde,
+    "probability flow": lambda sde, score_fn: lambda x, t: sde.reverse(score_fn, True).sde(x, t)[0],
+    "reverse discretize": lambda sde, score_fn: sde.reverse(score_fn).discretize,
+    "score": lambda sde, score_fn: score_fn,
+    **{
+        name: lambda sde, score_fn, name=name: sampling.get_predictor(name)(sde, score_fn).update_fn
+        for name in ("euler_maruyama", "reverse_diffusion", "ancestral_sampling")
+    },
+    **{
+        name: lambda sde, score_fn, name=name: sampling.get_corrector(name)(sde, score_fn, 0.16, 2).update_fn
+        for name in ("langevin", "ald")
+    },
+    "loss": lambda sde, score_fn: lambda x, t: losses.get_sde_loss_fn(sde, train=False)(score_fn.network.model, x),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "strict"),
+    [
+        *((name, "vp", False) for name in EXPORTS),
+        *((name, "ve", False) for name in ("score", "reverse_diffusion", "ancestral_sampling")),
+        *((name, "subvp", True) for name in ("reverse sde", "loss")),
+    ],
+)
+def test_export_with_a_free_batch_size(name: str, kind: str, strict: bool) -> None:
+    model = TinyNet()
+    f = EXPORTS[name](SDES[kind], mutils.get_score_fn(SDES[kind], model, train=False, continuous=True))
+    batch = torch.export.Dim("batch", min=1)
+    arguments = torch.randn(4, 3, 2), torch.rand(4)
+    shapes = {"x": {0: batch}, "t": {0: batch}}
+    exported = torch.export.export(Exported(f, model), arguments, dynamic_shapes=shapes, strict=strict).module()
+    for size in (4, 7, 1):
+        x, t = torch.randn(size, 3, 2), torch.rand(size)
+        torch.manual_seed(1)
+        right = f(x, t)
+        torch.manual_seed(1)
+        for a, b in zip(tree_leaves(exported(x, t)), tree_leaves(right), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)  # one time for all is computed with in double
+
+
+@pytest.mark.parametrize("name", ["sde", "reverse sde", "reverse_diffusion", "ald"])
+def test_dynamic_shapes(name: str) -> None:
+    """One graph for all batch sizes."""
+    f = EXPORTS[name](SDES["vp"], mutils.get_score_fn(SDES["vp"], TinyNet(), train=False, continuous=True))
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = traced(f, counter, dynamic=True)
+    for size in (4, 7, 5):
+        x, t = torch.randn(size, 3, 2), torch.rand(size)
+        torch.manual_seed(1)
+        right = f(x, t)
+        torch.manual_seed(1)
+        assert_same(compiled(x, t), right)
+        if size == 4:
+            begun = counter.frame_count  # twice: once more when the numbers of the SDE have turned out to be constants
+    assert counter.frame_count == begun <= 2

@@ -1,9 +1,12 @@
 """Arguments that an op refuses: before any work, by an error that names the argument."""
 
+import inspect
+import math
 import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from op_table import OPS, Arguments, arguments
@@ -325,3 +328,131 @@ def test_marginal() -> None:
             ops.marginal(u, 1e-5, 1.0, "vp", 0.1, 20.0)
     with pytest.raises(ValueError, match="process: expected one of vp, subvp, ve, got 'cosine'"):
         ops.marginal(torch.rand(3), 1e-5, 1.0, "cosine", 0.1, 20.0)
+
+
+# ---- hostile calls ----
+
+
+def good_calls() -> dict[str, dict[str, Any]]:
+    """Arguments of every function of ops that are right."""
+    x, c, weights = torch.ones(SHAPE), torch.ones(B), (0.5, 2.0)
+    affine = {"x": x, "out": x.clone(), "p": c, "q": 0.5}
+    noisy = {**affine, "n": c, "draw": Draw(z=x)}
+    stage = {"y": x, "ks": [x], "a": weights, "h": c, "x": x, "out": x, "f": 0.5, "q": c}
+    stream = {"key": KEY, "ids": torch.arange(B), "draw": 2, "size": SHAPE}
+    error = {"y0": x, "y1": x, "ks": [x, x], "e": weights, "h": 0.1, "rtol": 1e-3, "atol": 1e-3}
+    return {
+        "compute_dtype": {"x": x},
+        "number": {"v": 1.0, "x": x},
+        "affine": affine,
+        "affine_noise": noisy,
+        "affine_next": noisy,
+        "perturb": {"x0": x, "m": c, "s": 0.1, "draw": Draw(key=KEY)},
+        "perturb_keeping": {"x0": x, "m": c, "s": 0.1, "draw": Draw(key=KEY)},
+        "score_loss": {"out": x, "c": c, "d": 1.0, "w": 0.5, "draw": Draw(z=x), "total": True},
+        "combine": {"arrays": [x, x], "coefficients": [[1.0, 2.0]]},
+        "rk_stage": {"y": x, "ks": [x, x], "a": weights, "h": 0.1},
+        "rk_drift_stage": stage,
+        "rk_last_stage": {**stage, "a": (weights, weights), "x": (1.0,), "keep": True},
+        "rk_error": error,
+        "rk_drift_error": {**error, "ks": [x], "out": x, "f": c, "q": 0.5},
+        "rk_control": {"norm": c.double(), "h": c.double(), "after_rejection": c > 2, "exponent": -0.2},
+        "marginal": {"u": c, "first": 0.1, "last": 1.0, "process": "vp", "a": 0.1, "b": 20.0},
+        "put": {"into": torch.zeros(SHAPE), "values": x, "chosen": c > 0},
+        "noise_normal": stream,
+        "noise_uniform": stream,
+        "noise_integers": {**stream, "high": 10},
+        "squares_of_noise": {"draw": Draw(key=KEY), "like": x},
+        "materialize": {"draw": Draw(key=KEY), "like": x},
+    }  # fmt: skip
+
+
+def hostile_values() -> list[Any]:
+    x, i = torch.ones(SHAPE), torch.arange(2)
+    numbers = [math.nan, math.inf, -1, 0, 2**31, 2**63, -(2**64), 10**400, 1j, True, 1e39, 0.5]
+    from_numpy = [
+        np.float32(0.5),
+        np.int64(2),
+        np.array(0.5),
+        np.ones(3),
+        np.ones(SHAPE),
+        np.bool_(True),
+        np.complex64(1),
+    ]
+    tensors = [
+        x.double(), x.half(), x.int(), x > 0, x.to(torch.complex64), x.to("meta"), x.to_sparse(), x.to_mkldnn(), x[0],
+        x[:1], x[:, :2], x.T, x[:0], torch.tensor(0.5), torch.tensor(2), torch.tensor(math.nan), torch.ones(B), i,
+        x.clone().requires_grad_(), torch.quantize_per_tensor(x, 0.1, 0, torch.quint8), torch.ones(0), i.to("meta"),
+        torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), torch.ones(SHAPE).expand(2, *SHAPE), KEY, KEY[:1],
+    ]  # fmt: skip
+    sequences = [
+        [],
+        (),
+        [1.0],
+        [None],
+        ["a"],
+        [x],
+        (x, None),
+        [[1.0]],
+        [[1.0, "a"]],
+        "ab",
+        b"ab",
+        {},
+        {1},
+        range(2),
+        [2**70],
+    ]
+    draws = [
+        Draw(),
+        Draw(z=1.0),
+        Draw(z=x, key=KEY),
+        Draw(key=KEY, draw=2**70),
+        Draw(key=KEY, draw="1"),
+        Draw(key=[1, 2]),
+    ]
+    draws += [
+        Draw(key=KEY, ids=[1, 2]),
+        Draw(key=KEY, draw=None),
+        Draw(z=x.to_sparse()),
+        Draw(z="z"),
+        (x, None, None, 0),
+    ]
+    return [None, "text", "vp", object(), float, iter([]), *numbers, *from_numpy, *tensors, *sequences, *draws]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # that torch has of sparse, nested and quantized tensors
+@pytest.mark.parametrize("name", good_calls())
+def test_hostile_calls(name: str) -> None:
+    """Each call works, or names an argument: never the words of pybind, or of the code inside."""
+    op, good, values = getattr(ops, name), good_calls()[name], hostile_values()
+    op(**good)
+    random = np.random.default_rng(0)
+    names = "|".join([*good, *Draw._fields])
+    # Each value in each place; then several at once
+    spoilt = [{argument: value} for argument in good for value in values]
+    for _ in range(40):
+        some = random.choice(list(good), size=min(2, len(good)), replace=False)
+        spoilt.append({argument: values[random.integers(len(values))] for argument in some})
+    for change in spoilt:
+        with torch.set_grad_enabled(bool(random.integers(2))):
+            try:
+                op(**{**good_calls()[name], **change})
+            except (ValueError, TypeError, NotImplementedError) as error:
+                assert re.match(rf"({names}|scoresde_ext.ops.{name} has no kernel for)\b", str(error)), (change, error)
+                assert len(str(error)) < 600
+
+
+def test_public_functions_are_all_called() -> None:
+    public = {n for n, f in vars(ops).items() if inspect.isfunction(f) and f.__module__ == ops.__name__ and n[0] != "_"}
+    assert public == set(good_calls())
+
+
+def test_numbers_of_every_kind() -> None:
+    x = torch.ones(SHAPE)
+    for number in (np.float32(0.5), np.float64(0.5), np.array(0.5), torch.tensor(0.5)):
+        assert torch.equal(ops.affine(x, None, number), 0.5 * x)
+        assert torch.equal(ops.rk_stage(x, [x], [number], number), 1.25 * x)
+        assert torch.equal(ops.marginal(torch.ones(2), number, 1.0, "vp", number, 20.0)[0], torch.ones(2))
+    for two in (np.int64(2), np.int32(2)):
+        assert torch.equal(ops.affine(x, None, two), 2 * x)
+        assert torch.equal(ops.noise_normal(KEY, None, two, (two, two)), ops.noise_normal(KEY, None, 2, (2, 2)))

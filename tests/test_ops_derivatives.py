@@ -9,8 +9,8 @@ import pytest
 import torch
 from op_table import COEFFICIENTS, OPS, Arguments, Op, arguments, compute_dtype
 from torch import Tensor
-from torch.autograd import gradcheck, gradgradcheck
-from torch.utils._pytree import tree_leaves
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from scoresde_ext import _C, ops, reference
 from scoresde_ext.ops import Draw
@@ -128,6 +128,70 @@ def test_direct_call(name: str, number: int) -> None:
     expected = getattr(torch.ops.scoresde_ext, name).default(*through_torch)
     for got, wanted in zip(tree_leaves((results, direct)), tree_leaves((expected, through_torch)), strict=True):
         torch.testing.assert_close(got, wanted, rtol=0, atol=0, check_stride=isinstance(got, Tensor))
+
+
+class Wrapped(Tensor):
+    """A tensor that stands for another."""
+
+    @staticmethod
+    def __new__(cls, held: Tensor) -> "Wrapped":
+        return Tensor._make_wrapper_subclass(cls, held.shape, held.stride(), dtype=held.dtype)
+
+    def __init__(self, held: Tensor) -> None:
+        self.held = held
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return function(*tree_map_only(cls, lambda t: t.held, args), **(kwargs or {}))
+
+
+# Tensors whose memory is not what they mean.
+MEANINGS: dict[str, Callable[[Tensor], Tensor]] = {
+    "negated": lambda t: torch._neg_view(-t) if t.is_floating_point() else t,
+    "imaginary part of a conjugate": lambda t: (
+        torch.complex(torch.zeros_like(t), -t).conj().imag if t.dtype in (torch.float32, torch.float64) else t
+    ),
+    "zeros without memory": lambda t: torch._efficientzerotensor(t.shape, dtype=t.dtype),
+    "wrapped": Wrapped,
+    "functional": torch._to_functional_tensor,
+}
+
+
+@pytest.mark.parametrize("meaning", MEANINGS)
+@pytest.mark.parametrize(("name", "number"), [(name, i) for name, these in SAMPLES.items() for i in range(len(these))])
+def test_tensors_whose_memory_is_not_what_they_mean(name: str, number: int, meaning: str) -> None:
+    """Each argument in turn, by torch.ops and past it."""
+    if name == "put" and meaning in ("zeros without memory", "functional"):
+        pytest.skip("torch refuses to write there")
+    leaves, spec = tree_flatten(SAMPLES[name][number])
+    for i, leaf in enumerate(leaves):
+        if not isinstance(leaf, Tensor) or (meaning[0] == "z" and leaf.shape[:1] == (2,)):  # noise that was kept
+            continue
+        for op in (getattr(torch.ops.scoresde_ext, name), getattr(_C.calls, name)):
+            plain, changed = ([v.detach().clone() if isinstance(v, Tensor) else v for v in leaves] for _ in range(2))
+            changed[i] = MEANINGS[meaning](changed[i])
+            if meaning[0] == "z":
+                plain[i].zero_()
+            wanted, got = (op(*tree_unflatten(these, spec)) for these in (plain, changed))
+            if name == "put":
+                wanted, got = plain[0], changed[0]
+            for g, w in zip(tree_leaves(got), tree_leaves(wanted), strict=True):
+                g = torch._from_functional_tensor(g) if torch._is_functional_tensor(g) else getattr(g, "held", g)
+                assert torch.equal(g, w)
+
+
+@pytest.mark.parametrize("meaning", [m for m in MEANINGS if m != "functional"])
+def test_gradients_whose_memory_is_not_what_they_mean(meaning: str) -> None:
+    """Of the loss, whose backward looks whether they are all ones."""
+    out = torch.randn(3, 4, requires_grad=True)
+    for scale in (1.0, -1.0):
+        losses = ops.score_loss(out, 2.0, -1.0, 0.5, Draw(z=torch.ones_like(out)))
+        (got,) = torch.autograd.grad(losses, out, MEANINGS[meaning](torch.full((3,), scale)))
+        wanted = right_gradient(out) * (0.0 if meaning[0] == "z" else scale)
+        torch.testing.assert_close(getattr(got, "held", got), wanted)
+    loss = ops.score_loss(out, 2.0, -1.0, 0.5, Draw(z=torch.ones_like(out)))
+    (got,) = torch.autograd.grad(torch.complex(torch.zeros_like(loss), loss).conj().imag.sum(), out)
+    torch.testing.assert_close(got, -right_gradient(out))
 
 
 def test_numbers_of_direct_calls() -> None:
@@ -405,3 +469,98 @@ def test_missing_gradient_is_an_error() -> None:
     )
     with pytest.raises(RuntimeError, match="with_grad"):
         loss.sum().backward()
+
+
+# --- what has no derivative -------------------------------------------------------------------------------------------
+
+
+def floats_of(arguments: tuple[Any, ...]) -> list[int]:
+    return [i for i, v in enumerate(tree_leaves(arguments)) if isinstance(v, Tensor) and v.is_floating_point()]
+
+
+def changed_at(arguments: tuple[Any, ...], i: int, change: Callable[[Tensor], Tensor]) -> Any:
+    leaves, spec = tree_flatten(arguments)
+    leaves = [v.detach().clone() if isinstance(v, Tensor) else v for v in leaves]
+    leaves[i] = change(leaves[i])
+    return tree_unflatten(leaves, spec)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_operators_refuse_tangents(name: str) -> None:
+    """scoresde_ext.ops answers in forward mode by plain torch. Past it tangents are refused, never dropped."""
+    op = getattr(torch.ops.scoresde_ext, name)
+    for sample in SAMPLES[name]:
+        for i in floats_of(sample):
+            with forward_ad.dual_level():
+                dual = changed_at(sample, i, lambda t: forward_ad.make_dual(t, torch.ones_like(t)))
+                with pytest.raises(NotImplementedError, match=f"{name} .*(forward|does not support it)"):
+                    op(*dual)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in SAMPLES if name not in ("affine", "affine_noise", "perturb", "score_loss")]
+)
+def test_operators_refuse_derivatives(name: str) -> None:
+    op = getattr(torch.ops.scoresde_ext, name)
+    for sample in SAMPLES[name]:
+        for i in floats_of(sample):
+            learned = changed_at(sample, i, lambda t: t.requires_grad_())
+            with pytest.raises(RuntimeError, match=f"{name} is not implemented|leaf Variable"):
+                results = op(*learned)
+                results = learned[0] if name == "put" else results
+                sum(r.sum() for r in tree_leaves(results) if r.is_floating_point()).backward()
+
+
+def test_put_is_seen_by_autograd() -> None:
+    """What a backward pass would read has been written over."""
+    for put in (ops.put, torch.ops.scoresde_ext.put, _C.calls.put):
+        x, held = torch.ones(3, 2, requires_grad=True), torch.ones(3, 2)
+        product = (x * held).sum()
+        put(held, torch.zeros(3, 2), torch.tensor([True, False, True]))
+        assert held.sum() == 2
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            product.backward()
+
+
+def test_put_of_values_that_require_gradients() -> None:
+    values, into, chosen = array(shape=(3, 2)), array(shape=(3, 2)), torch.tensor([True, False, True])
+    written = 2 * into
+    ops.put(written, 3 * values, chosen)
+    torch.testing.assert_close(written, torch.where(chosen[:, None], 3 * values, 2 * into))
+    written.sum().backward()
+    torch.testing.assert_close(values.grad, 3.0 * chosen[:, None].double().expand(3, 2))
+    torch.testing.assert_close(into.grad, 2.0 * (~chosen)[:, None].double().expand(3, 2))
+
+
+# --- coefficients in half precision -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("total", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_weights_in_half_precision_under_a_loss_scale(dtype: torch.dtype, total: bool) -> None:
+    """The gradient fits into half precision, the product of the scale and a weight does not."""
+    out = (torch.randint(-8, 9, (3, 64)) / 2**12).to(dtype).requires_grad_()
+    c, w = torch.tensor([1.3, 0.7, 1.1]).to(dtype), torch.tensor([1.7, 1.2, 1.0]).to(dtype)
+    loss = ops.score_loss(out, c, -1.0, w, Draw(z=torch.zeros_like(out)), total=total)
+    (2.0**16 * loss.sum()).backward()
+    right = 2.0**17 * (w.double() * c.double() ** 2)[:, None] * out.detach().double()
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(out.grad.double(), right, rtol=2 * eps, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_second_derivatives_in_half_precision(dtype: torch.dtype) -> None:
+    """2 w c^2 with a c whose square half precision does not hold."""
+    out, c, w = torch.zeros(3, 4, dtype=dtype, requires_grad=True), torch.full((3,), 300.0).to(dtype), 2.0**-10
+    (first,) = torch.autograd.grad(ops.score_loss(out, c, None, w).sum(), out, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), out)
+    right = torch.full((3, 4), 2 * w, dtype=torch.float64) * c.double()[:, None] ** 2
+    torch.testing.assert_close(second.double(), right, rtol=torch.finfo(dtype).eps, atol=0)
+
+
+def test_gradients_of_both_results_in_half_precision() -> None:
+    """Their sum does not fit into half precision, its product with p does."""
+    x = torch.zeros(3, 4, dtype=torch.float16, requires_grad=True)
+    mean, after = ops.affine_noise(x, x, 0.125, 0.25, 1.0, Draw(key=KEY))
+    (40_000 * (mean + after)).sum().backward()
+    assert torch.equal(x.grad, torch.full((3, 4), 80_000 * 0.375, dtype=torch.float16))

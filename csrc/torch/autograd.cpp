@@ -2,6 +2,7 @@
 // the kernels of a small batch.
 #include <ATen/ops/add.h>
 #include <ATen/ops/mul.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
@@ -38,6 +39,14 @@ bool recorded(std::initializer_list<OptTensor> arguments) {
          std::any_of(arguments.begin(), arguments.end(), [](const OptTensor& t) { return t && t->requires_grad(); });
 }
 
+// Refuses tangents, which would be lost: forward mode is scoresde_ext.ops' business.
+void check_no_tangents(const char* name, std::initializer_list<OptTensor> arguments) {
+  for (const OptTensor& t : arguments) {
+    TORCH_CHECK_NOT_IMPLEMENTED(!t || !t->_fw_grad(/*level=*/0).defined(), "torch.ops.scoresde_ext.", name,
+                                " has no forward-mode derivative. Call scoresde_ext.ops.", name, ", which has one.");
+  }
+}
+
 // c g, which can be differentiated again; undefined where there is no gradient g or none is asked for.
 Tensor scaled(const Tensor& g, const Tensor& c, bool wanted) {
   if (!wanted || !g.defined() || !c.defined()) return {};
@@ -51,6 +60,15 @@ Tensor scaled(const Tensor& g, const Tensor& c, bool wanted) {
 }
 
 Tensor sum(const Tensor& a, const Tensor& b) { return !a.defined() ? b : !b.defined() ? a : at::add(a, b); }
+
+// c (a + b), of gradients that may be undefined; rounded once.
+Tensor scaled_sum(const Tensor& a, const Tensor& b, const Tensor& c, bool wanted) {
+  if (!wanted || !a.defined() || !b.defined() || !c.defined() || c.requires_grad()) {
+    return sum(scaled(a, c, wanted), scaled(b, c, wanted));
+  }
+  static const auto op = find<signatures::affine>("affine");
+  return op.call(a, b, c, c);
+}
 
 struct Affine : Function<Affine> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const OptTensor& out, const Constants& c) {
@@ -83,10 +101,9 @@ struct AffineNoise : Function<AffineNoise> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& g) {
     const variable_list saved = ctx->get_saved_variables();
-    const Tensor total = sum(g[0], g[1]);
     const int64_t edge_of_z = ctx->saved_data["edge of z"].toInt();
-    return {scaled(total, saved[0], ctx->needs_input_grad(0)),
-            scaled(total, saved[1], saved[1].defined() && ctx->needs_input_grad(1)),
+    return {scaled_sum(g[0], g[1], saved[0], ctx->needs_input_grad(0)),
+            scaled_sum(g[0], g[1], saved[1], saved[1].defined() && ctx->needs_input_grad(1)),
             scaled(g[1], saved[2], edge_of_z >= 0 && ctx->needs_input_grad(edge_of_z)),
             {}};
   }
@@ -109,13 +126,9 @@ struct Perturb : Function<Perturb> {
   }
 };
 
-// Whether a gradient on the CPU is one everywhere, as .sum().backward() makes it. No for tensors that only stand for
-// others, as in tracing.
+// Whether a gradient on the CPU is one everywhere, as .sum().backward() makes it.
 bool is_all_ones(const Tensor& g) {
-  using c10::DispatchKey;
-  constexpr c10::DispatchKeySet stand_ins({DispatchKey::Python, DispatchKey::Functionalize, DispatchKey::ZeroTensor,
-                                           DispatchKey::FuncTorchBatched, DispatchKey::FuncTorchGradWrapper});
-  if (!g.is_cpu() || g.key_set().has_any(stand_ins)) return false;
+  if (!is_plain(g)) return false;
   const auto ones = [&](auto* data) {
     const int64_t stride = g.dim() == 0 ? 0 : g.stride(0);
     const int64_t distinct = stride == 0 ? std::min<int64_t>(g.numel(), 1) : g.numel();
@@ -142,7 +155,10 @@ struct ScoreLoss : Function<ScoreLoss> {
     TORCH_CHECK(ctx->saved_data["with_grad"].toBool(),
                 "score_loss: no gradient was kept. Call it with with_grad=True where out requires a gradient.");
     const variable_list saved = ctx->get_saved_variables();
-    const Tensor &kept = saved[0], &c = saved[1], &w = saved[2];
+    const Tensor& kept = saved[0];
+    // Products of coefficients would overflow in half precision, under a loss scale for example.
+    const at::ScalarType compute_type = kept.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+    const Tensor c = saved[1].to(compute_type), w = saved[2].to(compute_type);
     const bool weighted = kept.scalar_type() == at::kFloat || kept.scalar_type() == at::kDouble;
     Tensor total;
     if (g[0].defined()) {
@@ -163,6 +179,7 @@ struct ScoreLoss : Function<ScoreLoss> {
 // ---- the operators above autograd: recorded where an argument that has a derivative requires one ----
 
 Tensor affine(const Tensor& x, const OptTensor& out, const Tensor& p, const OptTensor& q) {
+  check_no_tangents("affine", {x, out, p, q});
   if (recorded({x, out})) return Affine::apply(x, out, Constants{p, q});
   static const auto op = find<signatures::affine>("affine");
   const at::AutoDispatchBelowADInplaceOrView below;
@@ -172,6 +189,7 @@ Tensor affine(const Tensor& x, const OptTensor& out, const Tensor& p, const OptT
 std::tuple<Tensor, Tensor> affine_noise(const Tensor& x, const OptTensor& out, const Tensor& p, const OptTensor& q,
                                         const Tensor& n, const OptTensor& z, const OptTensor& key, const OptTensor& ids,
                                         int64_t draw) {
+  check_no_tangents("affine_noise", {x, out, p, q, n, z});
   if (recorded({x, out, z})) {
     const variable_list results = AffineNoise::apply(x, out, z, Constants{p, q, n, key, ids, draw});
     return {results[0], results[1]};
@@ -183,6 +201,7 @@ std::tuple<Tensor, Tensor> affine_noise(const Tensor& x, const OptTensor& out, c
 
 Tensor perturb(const Tensor& x, const Tensor& m, const Tensor& s, const OptTensor& z, const OptTensor& key,
                const OptTensor& ids, int64_t draw) {
+  check_no_tangents("perturb", {x, m, s, z});
   if (recorded({x, z})) return Perturb::apply(x, z, Constants{m, {}, s, key, ids, draw});
   static const auto op = find<signatures::perturb>("perturb");
   const at::AutoDispatchBelowADInplaceOrView below;
@@ -192,6 +211,7 @@ Tensor perturb(const Tensor& x, const Tensor& m, const Tensor& s, const OptTenso
 std::tuple<Tensor, Tensor> score_loss(const Tensor& out, const OptTensor& c, const OptTensor& d, const Tensor& w,
                                       const OptTensor& z, const OptTensor& key, const OptTensor& ids, int64_t draw,
                                       bool with_grad, bool total) {
+  check_no_tangents("score_loss", {out, c, d, w, z});
   if (recorded({out})) {
     const variable_list results = ScoreLoss::apply(out, LossConstants{c, d, w, z, key, ids, draw, with_grad, total});
     return {results[0], results[1]};
@@ -201,6 +221,16 @@ std::tuple<Tensor, Tensor> score_loss(const Tensor& out, const OptTensor& c, con
   return op.call(out, c, d, w, z, key, ids, draw, with_grad, total);
 }
 
+void put(const Tensor& into, const Tensor& values, const Tensor& chosen) {
+  check_no_tangents("put", {into, values});
+  TORCH_CHECK_NOT_IMPLEMENTED(!recorded({into, values}),
+                              "torch.ops.scoresde_ext.put is not implemented for arrays that "
+                              "require gradients. Call scoresde_ext.ops.put, which has a derivative.");
+  static const auto op = find<signatures::put>("put");
+  const at::AutoDispatchBelowADInplaceOrView below;
+  op.call(into, values, chosen);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(scoresde_ext, Autograd, m) {
@@ -208,6 +238,13 @@ TORCH_LIBRARY_IMPL(scoresde_ext, Autograd, m) {
   m.impl("affine_noise", &affine_noise);
   m.impl("perturb", &perturb);
   m.impl("score_loss", &score_loss);
+  m.impl("put", &put);
+  // Without derivatives: scoresde_ext.ops answers by plain torch where one is asked for. Called past it they refuse,
+  // where torch would warn or keep silent.
+  for (const char* name : {"affine_next", "perturb_keeping", "combine", "rk_stage", "rk_drift_stage", "rk_error",
+                           "rk_drift_error", "rk_control", "marginal"}) {
+    m.impl(name, torch::autograd::autogradNotImplementedFallback());
+  }
 }
 
 }  // namespace scoresde

@@ -58,9 +58,12 @@ struct Kept<at::ArrayRef<T>> {
 
 struct Nothing {};
 
+template <class T>
+struct Type {};
+
 // `Guard`: what is in force during a call.
 template <class Guard, class Result, class... Arguments>
-void define(pybind11::module_& module, const char* name, std::type_identity<Result(Arguments...)>) {
+void define(pybind11::module_& module, const char* name, Type<Result(Arguments...)>) {
   module.def(
       name,
       [op = find<Result(Arguments...)>(name)](const typename Kept<Arguments>::type&... arguments) {
@@ -73,7 +76,7 @@ void define(pybind11::module_& module, const char* name, std::type_identity<Resu
 }  // namespace
 
 void define_calls(pybind11::module_& module) {
-#define SCORESDE_DEFINE(name) define<Nothing>(module, #name, std::type_identity<signatures::name>{})
+#define SCORESDE_DEFINE(name) define<Nothing>(module, #name, Type<signatures::name>{})
   SCORESDE_DEFINE(affine);
   SCORESDE_DEFINE(affine_noise);
   SCORESDE_DEFINE(perturb);
@@ -81,8 +84,7 @@ void define_calls(pybind11::module_& module) {
 #undef SCORESDE_DEFINE
   // These have no derivative, and are called where none is asked for. For such operators torch has a general answer
   // that makes boxed values of the arguments again.
-#define SCORESDE_DEFINE(name) \
-  define<at::AutoDispatchBelowADInplaceOrView>(module, #name, std::type_identity<signatures::name>{})
+#define SCORESDE_DEFINE(name) define<at::AutoDispatchBelowADInplaceOrView>(module, #name, Type<signatures::name>{})
   SCORESDE_DEFINE(affine_next);
   SCORESDE_DEFINE(perturb_keeping);
   SCORESDE_DEFINE(combine);

@@ -12,6 +12,7 @@
 #include <numeric>
 #include <utility>
 
+#include "torch/operators.h"
 #include "torch/python.h"
 
 namespace scoresde {
@@ -21,11 +22,16 @@ using at::Tensor;
 
 constexpr int lanes = 8;  // of a result that are worked on side by side, for the compiler to make vectors of
 
+// A new tensor (n,), float32 or float64.
+Tensor empty(int64_t n, bool is_double) { return at::detail::empty_cpu({n}, is_double ? at::kDouble : at::kFloat); }
+
 // f(data, n) for a tensor (n,) on the CPU, in its own type.
 template <class F>
 auto with_numbers(const Tensor& numbers, F f) {
   TORCH_CHECK_VALUE(numbers.is_cpu() && numbers.dim() == 1, "numbers: expected shape (n,) on the CPU.");
-  const Tensor dense = numbers.contiguous();
+  // Not what torch.neg and the like leave for later: there is no dispatcher between this and Python.
+  const Tensor dense = is_plain(numbers) ? numbers.contiguous()
+                                         : empty(numbers.size(0), numbers.scalar_type() == at::kDouble).copy_(numbers);
   return dense.scalar_type() == at::kFloat ? f(dense.const_data_ptr<float>(), dense.size(0))
                                            : f(dense.const_data_ptr<double>(), dense.size(0));
 }
@@ -50,7 +56,7 @@ double sum_of(const Tensor& numbers, F f) {
 }
 
 Tensor filled(int64_t n, double number, bool is_double) {
-  Tensor result(at::detail::empty_cpu({n}, is_double ? at::kDouble : at::kFloat));
+  Tensor result = empty(n, is_double);
   if (is_double) {
     std::fill_n(result.mutable_data_ptr<double>(), n, number);
   } else {
@@ -89,7 +95,8 @@ double norm_ratio(const Tensor& squares, const Tensor& other_squares) {
 }
 
 std::pair<double, double> extremes(const Tensor& numbers) {
-  return with_numbers(numbers, []<class T>(const T* data, int64_t n) {
+  return with_numbers(numbers, [](const auto* data, int64_t n) {
+    using T = std::decay_t<decltype(*data)>;
     T least[lanes], most[lanes], zeros[lanes] = {};  // 0 times a number is NaN where that is NaN or Inf
     std::fill_n(least, lanes, std::numeric_limits<T>::infinity());
     std::fill_n(most, lanes, -std::numeric_limits<T>::infinity());

@@ -52,6 +52,15 @@ using noise_integers = Tensor(const Tensor& key, const OptTensor& ids, int64_t d
 
 }  // namespace signatures
 
+// Whether a tensor's numbers are what its memory on the CPU holds: no for tensors that are negated when they are read,
+// stand for others (tracing, transforms), or are not strided. Where torch's dispatcher calls an operator it has seen to
+// that; code above the dispatcher has to ask.
+inline bool is_plain(const Tensor& t) {
+  constexpr c10::DispatchKeySet usual({c10::DispatchKey::CPU, c10::DispatchKey::ADInplaceOrView,
+                                       c10::DispatchKey::AutogradCPU, c10::DispatchKey::AutocastCPU});
+  return usual.has_all(t.key_set());
+}
+
 // An operator by its name, to be called through torch's dispatcher.
 template <class Signature>
 c10::TypedOperatorHandle<Signature> find(const char* name) {

@@ -630,6 +630,7 @@ void put(const Tensor& into, const Tensor& values, const Tensor& chosen) {
                      chosen.size(0) == 1 ? 0 : chosen.stride(0),
                      into.mutable_data_ptr()};
   run(cpu_kernels().put, args, into.device());
+  into.unsafeGetTensorImpl()->bump_version();  // for what autograd has saved of it
 }
 
 // ---- noise ----

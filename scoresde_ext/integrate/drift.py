@@ -78,8 +78,8 @@ class Function:
 def time_vector(t: Time, like: Tensor) -> Tensor:
     """``t``, one number or one a sample, once for each sample: float64 where the state is, else float32."""
     if isinstance(t, Tensor):
-        return t.to(ops.compute_dtype(like)).expand(len(like))
+        return t.to(ops.compute_dtype(like)).expand(like.shape[0])
     # One number, expanded: what is computed from it cannot depend on its place in the batch.
     if like.is_cpu and not traced():
-        return host.filled(1, t, like.dtype == torch.float64).expand(len(like))
-    return torch.full((1,), t, dtype=ops.compute_dtype(like), device=like.device).expand(len(like))
+        return host.filled(1, t, like.dtype == torch.float64).expand(like.shape[0])
+    return torch.full((1,), t, dtype=ops.compute_dtype(like), device=like.device).expand(like.shape[0])
