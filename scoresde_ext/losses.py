@@ -81,8 +81,8 @@ class _Optimize:
         norm = _norm(gradients) if _readable(gradients) else None
         if norm is not None and not math.isfinite(norm):
             raise FloatingPointError(
-                f"step {step}: expected a finite gradient, got one of norm {norm}. Weights and optimizer state were not "
-                "changed. Look for extreme values in the batch, lower the learning rate, or train in bfloat16 where "
+                f"step {step}: expected a finite gradient, got one of norm {norm}. Weights and optimizer state are as "
+                "they were. Look for extreme values in the batch, lower the learning rate, or train in bfloat16 where "
                 "this is float16. get_step_fn(..., on_nonfinite='skip') skips such steps."
             )
         if warmup > 0:
