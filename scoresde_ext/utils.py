@@ -24,9 +24,9 @@ def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None
         ValueError: ``state`` holds something else that ``weights_only`` does not read. Nothing is written then.
     """
     saved = {
-        "optimizer": plain(state["optimizer"].state_dict()),
+        "optimizer": _plain(state["optimizer"].state_dict()),
         "model": state["model"].state_dict(),
-        "ema": plain(state["ema"].state_dict()),
+        "ema": _plain(state["ema"].state_dict()),
         "step": _whole(state["step"]),
     }
     path = Path(path)
@@ -42,15 +42,15 @@ def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None
         partial.unlink(missing_ok=True)
 
 
-def plain(value: Any) -> Any:
+def _plain(value: Any) -> Any:
     """``value`` with Python's numbers where containers hold numpy's. Tensors stay what they are: a learning rate may be
     one."""
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, dict):
-        return {plain(key): plain(v) for key, v in value.items()}
+        return {_plain(key): _plain(v) for key, v in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(map(plain, value))
+        return type(value)(map(_plain, value))
     return value
 
 
@@ -113,12 +113,12 @@ def restore_checkpoint(
             f"path: expected a checkpoint with the keys optimizer, model, ema, step; "
             f"{os.fspath(path)!r} lacks {', '.join(missing)}."
         )
-    optimizer, step = plain(loaded["optimizer"]), _whole(loaded["step"])
+    optimizer, step = _plain(loaded["optimizer"]), _whole(loaded["step"])
     _check_optimizer(state["optimizer"], optimizer)
     before = {key: state[key].state_dict() for key in ("optimizer", "ema")}  # loading makes new tensors beside these
     try:
         state["optimizer"].load_state_dict(optimizer)
-        state["ema"].load_state_dict(plain(loaded["ema"]))
+        state["ema"].load_state_dict(_plain(loaded["ema"]))
         load_weights(state["model"], loaded["model"])
     except Exception:
         for key, value in before.items():
