@@ -33,7 +33,7 @@ def get_optimizer(config: Any, params: Iterable[nn.Parameter]) -> torch.optim.Op
     if optim.optimizer != "Adam":
         raise NotImplementedError(f"config.optim.optimizer: expected 'Adam', got {optim.optimizer!r}.")
     return torch.optim.Adam(
-        params, lr=optim.lr, betas=(optim.beta1, 0.999), eps=optim.eps, weight_decay=optim.weight_decay
+        params, lr=optim.lr, betas=(float(optim.beta1), 0.999), eps=optim.eps, weight_decay=optim.weight_decay
     )
 
 

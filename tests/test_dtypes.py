@@ -2,22 +2,21 @@
 floating dtype, with and without autocast."""
 
 import itertools
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from loss_formulas import LOSSES, coefficients
 from torch import Tensor, nn
 
-from scoresde_ext import controllable_generation, likelihood, losses, noise, sampling, sde_lib, stochastic
+from scoresde_ext import controllable_generation, likelihood, noise, sampling, sde_lib, stochastic
 from scoresde_ext.__main__ import main
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 Kind = tuple[torch.dtype, torch.dtype | None, torch.dtype | None]  # of the parameters, of autocast, of the output
-EPS = 1e-5
 B, D = 16, 6
 
 
@@ -53,78 +52,6 @@ class Net(nn.Module):
 # --- losses -----------------------------------------------------------------------------------------------------------
 
 
-class Decay(sde_lib.SDE):
-    """dx = -x dt + sqrt(2) dw, by upstream's methods alone."""
-
-    T = 1.0
-
-    def sde(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        return -x, math.sqrt(2) * torch.ones_like(t)
-
-    def marginal_prob(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.exp(-t)[:, None] * x, torch.sqrt(-torch.expm1(-2 * t))
-
-    def prior_sampling(self, shape: Sequence[int]) -> Tensor:
-        return torch.randn(*shape)
-
-    def prior_logp(self, z: Tensor) -> Tensor:
-        raise NotImplementedError
-
-
-def vp(t: Tensor, weighted: bool) -> tuple[Tensor, ...]:
-    """m, s; c and d of the residual ``c out + d z``, in upstream's formula."""
-    log_m = -0.25 * t * t * 19.9 - 0.5 * t * 0.1
-    s, g = (-torch.expm1(2 * log_m)).sqrt(), (0.1 + 19.9 * t).sqrt()
-    k = -1 / s  # score = k out
-    return (log_m.exp(), s, k * g, g / s) if weighted else (log_m.exp(), s, k * s, torch.ones_like(t))
-
-
-def subvp(t: Tensor, weighted: bool) -> tuple[Tensor, ...]:
-    log_m = -0.25 * t * t * 19.9 - 0.5 * t * 0.1
-    s, g = -torch.expm1(2 * log_m), ((0.1 + 19.9 * t) * -torch.expm1(4 * log_m)).sqrt()
-    return (log_m.exp(), s, -g / s, g / s) if weighted else (log_m.exp(), s, -torch.ones_like(t), torch.ones_like(t))
-
-
-def ve(t: Tensor, weighted: bool) -> tuple[Tensor, ...]:
-    s = 0.1 * 50**t
-    g = s * math.sqrt(2 * math.log(50))
-    return (torch.ones_like(t), s, g, g / s) if weighted else (torch.ones_like(t), s, s, torch.ones_like(t))
-
-
-def decay(t: Tensor, weighted: bool) -> tuple[Tensor, ...]:
-    s = (-torch.expm1(-2 * t)).sqrt()
-    g = math.sqrt(2) * torch.ones_like(t)
-    return (torch.exp(-t), s, g, g / s) if weighted else (torch.exp(-t), s, s, torch.ones_like(t))
-
-
-def smld(labels: Tensor, _: bool) -> tuple[Tensor, ...]:
-    sigma = torch.exp(torch.linspace(math.log(0.1), math.log(5), 1000)).flip(0).double()[labels]
-    return torch.ones_like(sigma), sigma, sigma, torch.ones_like(sigma)
-
-
-def ddpm(labels: Tensor, _: bool) -> tuple[Tensor, ...]:
-    product = torch.cumprod(1 - torch.linspace(0.1 / 1000, 20 / 1000, 1000), 0)
-    m, s = product.sqrt().double()[labels], (1 - product).sqrt().double()[labels]
-    return m, s, torch.ones_like(m), -torch.ones_like(m)
-
-
-VP, VE = sde_lib.VPSDE(), sde_lib.VESDE(0.1, 5.0)
-Formula = Callable[[Tensor, bool], tuple[Tensor, ...]]
-CONTINUOUS: dict[str, tuple[sde_lib.SDE, Formula]] = {
-    "vp": (VP, vp), "subvp": (sde_lib.subVPSDE(), subvp), "ve": (VE, ve), "user's": (Decay(1000), decay),
-}  # fmt: skip
-LOSSES: dict[str, tuple[losses.LossFn, Formula, bool, bool]] = {
-    f"{kind}, {'g^2' if weighted else 'std^2'}, {'mean' if mean else 'sum'}": (
-        losses.get_sde_loss_fn(sde, True, reduce_mean=mean, likelihood_weighting=weighted), formula, weighted, mean,
-    )
-    for kind, (sde, formula) in CONTINUOUS.items()
-    for weighted, mean in ((True, True), (False, False))
-} | {
-    "smld": (losses.get_smld_loss_fn(VE, True), smld, False, False),
-    "ddpm": (losses.get_ddpm_loss_fn(VP, True), ddpm, False, True),
-}  # fmt: skip
-
-
 def rounding(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps
 
@@ -134,14 +61,14 @@ def rounding(dtype: torch.dtype) -> float:
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses(name: str, source: str, dtype: torch.dtype) -> None:
     """Values and gradients are upstream's formula in float64 on what the network saw and returned."""
-    loss_fn, formula, weighted, mean = LOSSES[name]
+    loss_fn, _, _, mean = LOSSES[name]
     x0 = torch.randn(B, D).to(dtype)
     in_loss = torch.float64 if dtype == torch.float64 else torch.float32  # what the loss is computed in
     like, discrete = torch.empty(B, dtype=in_loss), name in ("smld", "ddpm")
     with noise.seeds(3, range(B)):
         u = noise.integers(1000, like) if discrete else noise.uniform(like)
         z = noise.normal_tensor(x0)
-    m, s, c, d = (v[:, None] for v in formula(u if discrete else u.double() * (1 - EPS) + EPS, weighted))
+    m, s, c, d = coefficients(name, u)
     reduction = 1 / (B * D) if mean else 0.5 / B
     for kind in kinds():
         parameters, cast, output = kind
@@ -247,26 +174,23 @@ float32, float64, bfloat16, float16 = (
 
 
 @pytest.mark.parametrize("sampler", ["unipc", "unipc_sde", "pc"])
-def test_jobs(sampler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(Path(__file__).parent)
+def test_jobs(sampler: str, tmp_path: Path) -> None:
     (tmp_path / "network.py").write_text(NETWORK)
 
     def samples(dtype: str, output: str) -> np.ndarray:
         out = tmp_path / f"{dtype} {output}"
-        size = ["--samples", "4", "--batch", "4", "--nfe", "60" if sampler == "pc" else "8"]
-        settings = ["--device", "cpu", "--seed", "3", "--format", "npy", "--sampler", sampler, "--dtype", dtype, *size]
+        steps = "--nfe 60 --corrector ald" if sampler == "pc" else "--nfe 8"
+        settings = (
+            f"--samples 4 --batch 4 --seed 3 --device cpu --format npy --sampler {sampler} --dtype {dtype} {steps}"
+        )
         network = f"{tmp_path}/network.py:{output}"
-        assert main(["sample", "--network", network, "--out", str(out), *settings]) == 0
+        assert main(["sample", "--network", network, "--out", str(out), "--dtype", dtype, *settings.split()]) == 0
         (shard,) = out.glob("samples*.npy")
         return np.load(shard)
 
     right = samples("float32", "float32")
-    for dtype, output in (
-        ("float32", "float64"),
-        ("float32", "float16"),
-        ("bfloat16", "float32"),
-        ("float16", "bfloat16"),
-    ):
+    kinds = [("float32", "float64"), ("float32", "float16"), ("bfloat16", "float32"), ("float16", "bfloat16")]
+    for dtype, output in kinds:
         found = samples(dtype, output)
         assert found.dtype == np.float32
         np.testing.assert_allclose(found, right, atol=1e-6 if output == "float64" else 0.1)
