@@ -111,7 +111,8 @@ def _norm(gradients: list[Tensor]) -> float:
     norms = torch._foreach_norm(values, 2, dtype) if values else []
     if all(n.is_cpu for n in norms):
         return math.hypot(*map(float, norms))
-    return float(torch.nn.utils.get_total_norm(norms))  # one number comes from the device
+    device = norms[0].device  # from which one number comes
+    return float(torch.linalg.vector_norm(torch.stack([n.to(device) for n in norms])))
 
 
 def _perturbed(batch: Tensor, m: Tensor | float, s: Tensor | float, draw: Draw) -> tuple[Tensor, Draw]:
@@ -145,12 +146,12 @@ def _loss(
     out: Tensor, c: Any, d: float, w: Any, draw: Draw, batch: Tensor, mask: Tensor | None, reduce_mean: bool
 ) -> Tensor:
     """``sum w (c out + d z)^2`` reduced: by the kernel, or in plain torch where elements have weights."""
-    dtype = ops.compute_dtype(batch)
     if out.dtype != batch.dtype:  # under autocast, or of a network in another precision
-        out = out.to(dtype)
+        out = out.to(ops.compute_dtype(batch))
     if mask is None:
         return ops.score_loss(out, c, d, _reduction(batch, reduce_mean) * w, draw, total=True)
-    r = rows(c, out) * out.to(dtype) + d * ops.materialize(draw, batch).to(dtype)
+    out, z = out.to(mask.dtype), ops.materialize(draw, batch).to(mask.dtype)
+    r = rows(c, out) * out + d * z
     return _squares(r, w, mask, reduce_mean)
 
 

@@ -98,15 +98,13 @@ class ExponentialMovingAverage:
 
     def _matching(self, parameters: Iterable[Parameter]) -> list[Parameter]:
         """Of all parameters of the network, or of the trained ones alone, those that are averaged."""
-        parameters = list(parameters)
-        if len(parameters) == len(self._is_averaged):
-            averaged = list(compress(parameters, self._is_averaged))
-            if len(averaged) < len(parameters):
-                self._check_others(parameters)
-        elif len(parameters) == len(self.shadow_params):
-            averaged = parameters
-        else:
-            averaged = [p for p in parameters if p.requires_grad]
+        averaged = list(parameters)
+        if len(averaged) != len(self.shadow_params):
+            if len(averaged) == len(self._is_averaged):
+                self._check_others(averaged)
+                averaged = list(compress(averaged, self._is_averaged))
+            else:
+                averaged = [p for p in averaged if p.requires_grad]
         check_shapes("parameters", averaged, self.shadow_params)
         return averaged
 
