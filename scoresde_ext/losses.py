@@ -264,11 +264,10 @@ def _plain_sde_loss(
     check_state("batch", batch)
     mutils.ensure_mode(model, train)
     score_fn = mutils.make_score_fn(sde, mutils.CheckedNetwork(model), continuous)
-    dtype = ops.compute_dtype(batch)
     u, draw = noise.times_and_normal(batch)
-    t, z = u * (sde.T - eps) + eps, ops.materialize(draw, batch).to(dtype)
+    t, z = u * (sde.T - eps) + eps, ops.materialize(draw, batch).to(u.dtype)
     mean, std = sde.marginal_prob(batch, t)
-    score = score_fn(mean + rows(std, z) * z, t).to(dtype)
+    score = score_fn(mean + rows(std, z) * z, t)
     if likelihood_weighting:
         g = sde.sde(torch.zeros_like(batch), t)[1]
         return _squares(score + z / rows(std, z), g * g, mask, reduce_mean)

@@ -6,6 +6,8 @@ import copy
 import io
 import os
 import pickle
+from collections import OrderedDict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
@@ -167,10 +169,11 @@ def load_weights(model: torch.nn.Module, weights: dict[str, Any]) -> None:
     """Loads weights whose names may have other wrappers than the model's: ``module.`` of DataParallel, ``_orig_mod.``
     of torch.compile, at any place. RuntimeError where they do not fit; the model is then as it was."""
     own = model.state_dict()
-    by_bare_name = {_bare(name): name for name in own}
-    renamed = {by_bare_name.get(_bare(name), name): value for name, value in weights.items()}
-    if len(by_bare_name) < len(own) or len(renamed) < len(weights) or own.keys() == weights.keys():
-        renamed = weights  # two names that differ by a wrapper alone mean what they say
+    renamed = _renamed(weights, own)
+    if len(renamed) < len(weights):
+        renamed = weights  # names that differ by a wrapper alone mean what they say
+    elif hasattr(weights, "_metadata"):  # versions of the modules, by their names
+        renamed._metadata = _renamed(weights._metadata, own._metadata)  # type: ignore[attr-defined]
     fits = own.keys() == renamed.keys() and all(_shape(own[name]) == _shape(renamed[name]) for name in own)
     before = None if fits else copy.deepcopy(own)  # torch loads what fits before it refuses the rest
     try:
@@ -179,6 +182,12 @@ def load_weights(model: torch.nn.Module, weights: dict[str, Any]) -> None:
         if before is not None:
             model.load_state_dict(before)
         raise
+
+
+def _renamed(values: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """``values`` by those of ``names`` that are the same without wrappers."""
+    by_bare_name = {_bare(name): name for name in names}
+    return OrderedDict((by_bare_name.get(_bare(name), name), value) for name, value in values.items())
 
 
 def _bare(name: str) -> str:

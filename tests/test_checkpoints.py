@@ -141,6 +141,26 @@ def test_attributes_named_like_a_wrapper(tmp_path: Path) -> None:
         assert_same(restored.state_dict(), saved.state_dict())
 
 
+class Versioned(nn.Linear):
+    """A later version of itself, which reads earlier weights another way."""
+
+    _version = 3
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, *rest: Any) -> None:
+        self.loaded = metadata.get("version")
+        super()._load_from_state_dict(state_dict, prefix, metadata, *rest)
+
+
+@pytest.mark.parametrize(
+    ("saved_in", "restored_in"), list(itertools.product(["none", "parallel", "compiled"], repeat=2))
+)
+def test_modules_learn_the_version_that_was_saved(saved_in: str, restored_in: str, tmp_path: Path) -> None:
+    restored = nn.Sequential(Versioned(2, 2))
+    utils.save_checkpoint(tmp_path / "c.pth", make_state(WRAPPERS[saved_in](nn.Sequential(Versioned(2, 2)))))
+    utils.restore_checkpoint(tmp_path / "c.pth", make_state(WRAPPERS[restored_in](restored)), "cpu")
+    assert restored[0].loaded == 3
+
+
 @pytest.mark.parametrize("which", ["ema", "model"])
 @pytest.mark.parametrize("wrapper", ["none", "parallel", "compiled", "parallel, compiled"])
 def test_jobs_read_wrapped_checkpoints(wrapper: str, which: str, tmp_path: Path) -> None:

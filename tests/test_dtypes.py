@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from loss_formulas import LOSSES, coefficients
+from loss_formulas import LOSSES, Decay, coefficients
 from torch import Tensor, nn
 
-from scoresde_ext import controllable_generation, likelihood, noise, sampling, sde_lib, stochastic
+from scoresde_ext import controllable_generation, likelihood, losses, noise, sampling, sde_lib, stochastic
 from scoresde_ext.__main__ import main
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -94,6 +94,30 @@ def test_losses(name: str, source: str, dtype: torch.dtype) -> None:
         same(net.out.grad, right, reduction * 2 * c.abs() * parts, max(of_loss, rounding(net.out.dtype)))
         for p in net.parameters():
             assert p.grad.dtype == parameters and p.grad.isfinite().all() and p.grad.any(), kind
+
+
+class HalfDecay(Decay):
+    """Gives all in the dtype of the data."""
+
+    def sde(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        drift, g = super().sde(x, t)
+        return drift.to(x.dtype), g.to(x.dtype)
+
+    def marginal_prob(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        mean, std = super().marginal_prob(x, t)
+        return mean.to(x.dtype), std.to(x.dtype)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_users_sde_in_half_precision(weighted: bool) -> None:
+    """Squares and sums are float32's: in float16 they would be Inf."""
+    x0 = torch.zeros(1000, 100).half()
+    loss_fn = losses.get_sde_loss_fn(HalfDecay(1000), True, reduce_mean=False, likelihood_weighting=weighted)
+    with noise.replay([torch.full((1000,), 0.5), torch.full((1000, 100), 40.0)]):
+        loss = loss_fn(lambda x, labels: torch.zeros_like(x), x0)
+    assert loss.dtype == torch.float32
+    wanted = 0.5 * 100 * 40.0**2 * (2 / -np.expm1(-1.0) if weighted else 1)
+    assert loss.item() == pytest.approx(wanted, rel=5e-3)
 
 
 # --- samplers ---------------------------------------------------------------------------------------------------------
