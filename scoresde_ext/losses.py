@@ -7,19 +7,23 @@ there, or kept where that is faster.
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable, Iterable
+from functools import partial, reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import noise, ops
-from .checks import check_array, check_eps, check_state
+from .checks import check_array, check_eps, check_state, traced
 from .models import utils as mutils
 from .reference import Draw, rows
 from .sde_lib import SDE, VESDE, VPSDE, is_affine, perturbation
 
-LossFn = Callable[[Any, Tensor], Tensor]
+LossFn = Callable[..., Tensor]
+"""``loss_fn(model, batch, mask=None)``."""
 
 
 def get_optimizer(config: Any, params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -29,7 +33,7 @@ def get_optimizer(config: Any, params: Iterable[nn.Parameter]) -> torch.optim.Op
     if optim.optimizer != "Adam":
         raise NotImplementedError(f"config.optim.optimizer: expected 'Adam', got {optim.optimizer!r}.")
     return torch.optim.Adam(
-        params, lr=optim.lr, betas=(optim.beta1, 0.999), eps=optim.eps, weight_decay=optim.weight_decay
+        params, lr=optim.lr, betas=(float(optim.beta1), 0.999), eps=optim.eps, weight_decay=optim.weight_decay
     )
 
 
@@ -38,24 +42,77 @@ def optimization_manager(config: Any) -> Callable[..., None]:
     gradient's norm, one step.
 
     The defaults are those of ``config.optim``. No warm-up where ``warmup <= 0``, no clipping where ``grad_clip < 0``.
-    """
 
-    def optimize_fn(
+    ``optimize_fn`` reads the gradient's norm as a number. On a GPU that waits for the backward pass, once a step. Under
+    ``torch.compile`` and while a CUDA graph is captured it cannot be read, and is not checked.
+
+    Raises (``optimize_fn``; weights and the optimizer's state are then unchanged):
+        FloatingPointError: the gradient's norm is NaN or Inf. The message names the step.
+        ValueError: ``grad_clip`` is 0 or NaN.
+    """
+    return _Optimize(config.optim.lr, config.optim.warmup, config.optim.grad_clip)
+
+
+class _Optimize:
+    """What :func:`optimization_manager` returns."""
+
+    def __init__(self, lr: float, warmup: int, grad_clip: float) -> None:
+        self.lr, self.warmup, self.grad_clip = lr, warmup, grad_clip
+
+    def __call__(
+        self,
         optimizer: torch.optim.Optimizer,
-        params: Iterable[nn.Parameter],
+        params: Iterable[nn.Parameter] | Tensor,
         step: int,
-        lr: float = config.optim.lr,
-        warmup: int = config.optim.warmup,
-        grad_clip: float = config.optim.grad_clip,
+        lr: float | None = None,
+        warmup: int | None = None,
+        grad_clip: float | None = None,
     ) -> None:
+        lr = self.lr if lr is None else lr
+        warmup = self.warmup if warmup is None else warmup
+        grad_clip = self.grad_clip if grad_clip is None else grad_clip
+        if grad_clip == 0 or math.isnan(grad_clip):
+            raise ValueError(
+                f"grad_clip: expected a norm above 0, got {grad_clip}; clipping to 0 trains nothing. "
+                "For no clipping use -1."
+            )
+        parameters = [params] if isinstance(params, Tensor) else list(params)
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        norm = _norm(gradients) if _readable(gradients) else None
+        if norm is not None and not math.isfinite(norm):
+            raise FloatingPointError(
+                f"step {step}: expected a finite gradient, got one of norm {norm}. Weights and optimizer state are as "
+                "they were. Look for extreme values in the batch, lower the learning rate, or train in bfloat16 where "
+                "this is float16. get_step_fn(..., on_nonfinite='skip') skips such steps."
+            )
         if warmup > 0:
             for group in optimizer.param_groups:
                 group["lr"] = float(lr * min(step / warmup, 1.0))
-        if grad_clip >= 0:
-            torch.nn.utils.clip_grad_norm_(params, max_norm=grad_clip)
+        if grad_clip >= 0 and norm is None:
+            torch.nn.utils.clip_grad_norm_(parameters, max_norm=grad_clip)
+        elif norm is not None and norm + 1e-6 > grad_clip >= 0:
+            torch._foreach_mul_(gradients, grad_clip / (norm + 1e-6))
         optimizer.step()
 
-    return optimize_fn
+
+def _readable(gradients: list[Tensor]) -> bool:
+    """Whether values can be read: not while a program is traced or a CUDA graph captured."""
+    capturing = any(g.is_cuda for g in gradients) and torch.cuda.is_current_stream_capturing()
+    return not (capturing or torch.compiler.is_compiling())
+
+
+def _norm(gradients: list[Tensor]) -> float:
+    """The norm of all gradients together, in float32 at least: in float16 it overflows at 65504."""
+    values = [
+        torch.view_as_real(g.resolve_conj()) if g.is_complex() else g.coalesce().values() if g.is_sparse else g
+        for g in gradients
+    ]
+    dtype = reduce(torch.promote_types, {v.dtype for v in values}, torch.float32)
+    norms = torch._foreach_norm(values, 2, dtype) if values else []
+    if all(n.is_cpu for n in norms):
+        return math.hypot(*map(float, norms))
+    device = norms[0].device  # from which one number comes
+    return float(torch.linalg.vector_norm(torch.stack([n.to(device) for n in norms])))
 
 
 def _perturbed(batch: Tensor, m: Tensor | float, s: Tensor | float, draw: Draw) -> tuple[Tensor, Draw]:
@@ -74,6 +131,50 @@ def _reduction(x: Tensor, reduce_mean: bool) -> float:
     return 1.0 / max(x.numel(), batch) if reduce_mean else 0.5 / batch
 
 
+def _squares(r: Tensor, w: Any, mask: Tensor | None, reduce_mean: bool) -> Tensor:
+    """``sum w r^2`` reduced, in plain torch: w one a sample, ``mask`` the weights of the elements."""
+    if mask is None:
+        return _reduction(r, reduce_mean) * (rows(w, r) * r.square()).sum()
+    observed = r.masked_fill(mask == 0, 0.0)  # also NaN: nobody looks at what is hidden
+    total = (rows(w, r) * mask * observed.square()).sum()
+    if not reduce_mean:
+        return _reduction(r, reduce_mean) * total
+    return total / mask.expand_as(r).sum().clamp(min=torch.finfo(mask.dtype).tiny)  # 0 where nothing is observed
+
+
+def _loss(
+    out: Tensor, c: Any, d: float, w: Any, draw: Draw, batch: Tensor, mask: Tensor | None, reduce_mean: bool
+) -> Tensor:
+    """``sum w (c out + d z)^2`` reduced: by the kernel, or in plain torch where elements have weights."""
+    if out.dtype != batch.dtype:  # under autocast, or of a network in another precision
+        out = out.to(ops.compute_dtype(batch))
+    if mask is None:
+        return ops.score_loss(out, c, d, _reduction(batch, reduce_mean) * w, draw, total=True)
+    out, z = out.to(mask.dtype), ops.materialize(draw, batch).to(mask.dtype)
+    r = rows(c, out) * out + d * z
+    return _squares(r, w, mask, reduce_mean)
+
+
+def _observed(batch: Tensor, mask: Any) -> tuple[Tensor, Tensor]:
+    """The batch with zeros where it is hidden; the weights of its elements, in its compute dtype."""
+    if not isinstance(mask, Tensor) or mask.is_complex():
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"mask: expected a tensor of bools or of weights >= 0, got {got}.")
+    if mask.dim() != batch.dim() or any(m not in (1, n) for m, n in zip(mask.shape, batch.shape, strict=True)):
+        leads = mask.shape == batch.shape[: mask.dim()]
+        shape = [*mask.shape, *[1] * (batch.dim() - mask.dim())]
+        raise ValueError(
+            f"mask: expected the dimensions of the batch, {tuple(batch.shape)}, each its size or 1, got "
+            f"{tuple(mask.shape)}." + (f" Write mask.reshape({', '.join(map(str, shape))})." if leads else "")
+        )
+    if mask.device != batch.device:
+        raise ValueError(f"mask: expected the device of the batch, {batch.device}, got {mask.device}. Use mask.to().")
+    weights = mask.to(ops.compute_dtype(batch))
+    if weights.is_cpu and not traced() and not bool(((weights >= 0) & weights.isfinite()).all()):
+        raise ValueError("mask: expected bools or finite weights >= 0, got a negative number, NaN or Inf.")
+    return batch.masked_fill(weights == 0, 0.0), weights
+
+
 def get_sde_loss_fn(
     sde: SDE,
     train: bool,
@@ -82,7 +183,7 @@ def get_sde_loss_fn(
     likelihood_weighting: bool = True,
     eps: float = 1e-5,
 ) -> LossFn:
-    """``loss_fn(model, batch)``: the continuous-time score-matching loss (Song et al. 2021, eq. 7).
+    """``loss_fn(model, batch, mask=None)``: the continuous-time score-matching loss (Song et al. 2021, eq. 7).
 
     Args:
         sde: the forward SDE.
@@ -94,106 +195,135 @@ def get_sde_loss_fn(
         eps: smallest time.
 
     The batch has shape ``(B, *)`` and any floating dtype; the loss is a number in float32 (float64 for float64 data).
+    The network may answer in any floating dtype. An output of another dtype than the batch's, as under autocast, is
+    converted to the dtype of the loss.
+
+    ``mask`` says which elements count: bools, or weights >= 0, with the dimensions of the batch, each its size or 1
+    (padded sequences ``(B, L, C)``: ``(B, L, 1)``). With ``reduce_mean`` the loss is the weighted mean over all
+    observed elements of the batch, ``sum mask r^2 / sum mask``: each counts the same, in short samples and in long
+    ones, and it is 0 where nothing is observed. Without, it is half the sum ``sum mask r^2``, averaged over the batch.
+    Data where the mask is 0 are never looked at and may be NaN; the network sees zeros there, perturbed like data. Its
+    output there does not count. Noise is the same with and without a mask. The masked loss is plain torch, not a
+    kernel.
 
     Raises:
-        ValueError: eps outside (0, T); a batch that is not floating point, or holds NaN or Inf (looked for on the CPU
-            alone); a network output of another shape.
+        TypeError: a mask that is not a real tensor.
+        ValueError: eps outside (0, T); a batch that is not floating point, or holds NaN or Inf where it is observed, or
+            a mask with a negative number, NaN or Inf (values are looked at on the CPU alone); a mask of another shape
+            or device; a network output of another shape.
     """
     check_eps(eps, sde.T)
-
-    affine = is_affine(sde)
-
-    def loss_fn(model: Any, batch: Tensor) -> Tensor:
-        check_array("batch", batch)
-        mutils.ensure_mode(model, train)
-        score_fn = mutils.make_score_fn(sde, mutils.CheckedNetwork(model), continuous)
-        weight = _reduction(batch, reduce_mean)
-        if not affine:
-            check_state("batch", batch)
-            u, draw = noise.times_and_normal(batch)
-            t = u * (sde.T - eps) + eps
-            return _plain_loss(sde, score_fn, batch, t, ops.materialize(draw, batch), likelihood_weighting, weight)
-        x, labels, c, ratio, draw = perturbed(score_fn, batch)
-        out = score_fn.network(x, labels)
-        del x, labels  # unless the network keeps them for its own derivative, their memory serves for the gradient
-        # (score std + z)^2, or (score + z / std)^2 g^2 = (score std + z)^2 (g / std)^2
-        return ops.score_loss(out, c, 1.0, weight * ratio * ratio, draw, total=True)
-
-    def perturbed(score_fn: mutils.ScoreFunction, batch: Tensor) -> tuple[Tensor, Tensor, Any, Any, Draw]:
-        """A state for each sample and its labels; c with score std = c out; g / std, or 1; the noise."""
-        u, draw = noise.times_and_normal(batch)
-        t, m, std = perturbation(sde, u, eps)  # type: ignore[arg-type]
-        x, draw = _perturbed(batch, m, std, draw)
-        c = -1.0 if score_fn.predicts_noise else score_fn.coefficient(t) * std
-        ratio = sde.sde_coefficients(t)[1] / std if likelihood_weighting else 1.0  # type: ignore[attr-defined]
-        # The product by a kernel takes half as long as torch's, and nobody differentiates this t.
-        labels = score_fn.labels(t) if score_fn.scale is None else ops.affine(t, None, score_fn.scale)
-        return x, labels, c, ratio, draw
-
-    return loss_fn
+    loss_fn = _affine_sde_loss if is_affine(sde) else _plain_sde_loss
+    return partial(loss_fn, sde, train, reduce_mean, continuous, likelihood_weighting, eps)
 
 
-def _plain_loss(
-    sde: SDE,
-    score_fn: mutils.ScoreFunction,
-    x0: Tensor,
-    t: Tensor,
-    z: Tensor,
+def _affine_sde_loss(
+    sde: Any,
+    train: bool,
+    reduce_mean: bool,
+    continuous: bool,
     likelihood_weighting: bool,
-    weight: float,
+    eps: float,
+    model: Any,
+    batch: Tensor,
+    mask: Tensor | None = None,
+) -> Tensor:
+    check_array("batch", batch)
+    if mask is not None:
+        batch, mask = _observed(batch, mask)
+    mutils.ensure_mode(model, train)
+    score_fn = mutils.make_score_fn(sde, mutils.CheckedNetwork(model), continuous)
+    u, draw = noise.times_and_normal(batch)
+    t, m, std = perturbation(sde, u, eps)
+    x, draw = _perturbed(batch, m, std, draw)
+    # The product by a kernel takes half as long as torch's, and nobody differentiates this t.
+    labels = score_fn.labels(t) if score_fn.scale is None else ops.affine(t, None, score_fn.scale)
+    out = score_fn.network(x, labels)
+    del x, labels  # unless the network keeps them for its own derivative, their memory serves for the gradient
+    # (score std + z)^2, or (score + z / std)^2 g^2 = (score std + z)^2 (g / std)^2, with score std = c out
+    c = -1.0 if score_fn.predicts_noise else score_fn.coefficient(t) * std
+    ratio = sde.sde_coefficients(t)[1] / std if likelihood_weighting else 1.0
+    return _loss(out, c, 1.0, ratio * ratio, draw, batch, mask, reduce_mean)
+
+
+def _plain_sde_loss(
+    sde: SDE,
+    train: bool,
+    reduce_mean: bool,
+    continuous: bool,
+    likelihood_weighting: bool,
+    eps: float,
+    model: Any,
+    batch: Tensor,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """The same loss for an SDE that is known by its methods alone."""
-    mean, std = sde.marginal_prob(x0, t)
-    score = score_fn(mean + rows(std, x0) * z, t)
+    check_array("batch", batch)
+    if mask is not None:
+        batch, mask = _observed(batch, mask)
+    check_state("batch", batch)
+    mutils.ensure_mode(model, train)
+    score_fn = mutils.make_score_fn(sde, mutils.CheckedNetwork(model), continuous)
+    u, draw = noise.times_and_normal(batch)
+    t, z = u * (sde.T - eps) + eps, ops.materialize(draw, batch).to(u.dtype)
+    mean, std = sde.marginal_prob(batch, t)
+    score = score_fn(mean + rows(std, z) * z, t)
     if likelihood_weighting:
-        g = sde.sde(torch.zeros_like(x0), t)[1]
-        return weight * ((score + z / rows(std, x0)).square() * rows(g * g, x0)).sum()
-    return weight * (score * rows(std, x0) + z).square().sum()
+        g = sde.sde(torch.zeros_like(batch), t)[1]
+        return _squares(score + z / rows(std, z), g * g, mask, reduce_mean)
+    return _squares(score * rows(std, z) + z, 1.0, mask, reduce_mean)
 
 
 def get_smld_loss_fn(vesde: VESDE, train: bool, reduce_mean: bool = False) -> LossFn:
-    """``loss_fn(model, batch)``: the loss of SMLD on the discrete noise levels, largest first (Song and Ermon 2019;
-    Song et al. 2021, eq. 1). Batch, result and errors as in :func:`get_sde_loss_fn`; AssertionError for another SDE."""
+    """``loss_fn(model, batch, mask=None)``: the loss of SMLD on the discrete noise levels, largest first (Song and
+    Ermon 2019; Song et al. 2021, eq. 1). Batch, mask, result and errors as in :func:`get_sde_loss_fn`; AssertionError
+    for another SDE."""
     if not isinstance(vesde, VESDE):
         raise AssertionError(f"vesde: SMLD training works for VESDE alone, got {type(vesde).__name__}.")
+    return partial(_smld_loss, vesde, train, reduce_mean)
 
-    def loss_fn(model: Any, batch: Tensor) -> Tensor:
-        check_array("batch", batch)
-        mutils.ensure_mode(model, train)
-        like = batch.new_empty(batch.shape[0], dtype=ops.compute_dtype(batch))
-        labels = noise.integers(vesde.N, like)
-        sigmas = vesde.table("discrete_sigmas", like)[vesde.N - 1 - labels]  # label 0 is the largest
-        draw = noise.normal(batch)
-        x, draw = _perturbed(batch, 1.0, sigmas, draw)
-        out = mutils.CheckedNetwork(model)(x, labels)
-        del x
-        # (score + z / sigma)^2 sigma^2
-        return ops.score_loss(out, sigmas, 1.0, _reduction(batch, reduce_mean), draw, total=True)
 
-    return loss_fn
+def _smld_loss(
+    vesde: VESDE, train: bool, reduce_mean: bool, model: Any, batch: Tensor, mask: Tensor | None = None
+) -> Tensor:
+    check_array("batch", batch)
+    if mask is not None:
+        batch, mask = _observed(batch, mask)
+    mutils.ensure_mode(model, train)
+    like = batch.new_empty(batch.shape[0], dtype=ops.compute_dtype(batch))
+    labels = noise.integers(vesde.N, like)
+    sigmas = vesde.table("discrete_sigmas", like)[vesde.N - 1 - labels]  # label 0 is the largest
+    x, draw = _perturbed(batch, 1.0, sigmas, noise.normal(batch))
+    out = mutils.CheckedNetwork(model)(x, labels)
+    del x
+    # (score + z / sigma)^2 sigma^2
+    return _loss(out, sigmas, 1.0, 1.0, draw, batch, mask, reduce_mean)
 
 
 def get_ddpm_loss_fn(vpsde: VPSDE, train: bool, reduce_mean: bool = True) -> LossFn:
-    """``loss_fn(model, batch)``: the loss of DDPM on the discrete steps; the network predicts the noise (Ho et al.
-    2020; Song et al. 2021, eq. 3). Batch, result and errors as in :func:`get_sde_loss_fn`; AssertionError for another
-    SDE."""
+    """``loss_fn(model, batch, mask=None)``: the loss of DDPM on the discrete steps; the network predicts the noise (Ho
+    et al. 2020; Song et al. 2021, eq. 3). Batch, mask, result and errors as in :func:`get_sde_loss_fn`; AssertionError
+    for another SDE."""
     if not isinstance(vpsde, VPSDE):
         raise AssertionError(f"vpsde: DDPM training works for VPSDE alone, got {type(vpsde).__name__}.")
+    return partial(_ddpm_loss, vpsde, train, reduce_mean)
 
-    def loss_fn(model: Any, batch: Tensor) -> Tensor:
-        check_array("batch", batch)
-        mutils.ensure_mode(model, train)
-        like = batch.new_empty(batch.shape[0], dtype=ops.compute_dtype(batch))
-        labels = noise.integers(vpsde.N, like)
-        m, std = (vpsde.table(name, like)[labels] for name in ("sqrt_alphas_cumprod", "sqrt_1m_alphas_cumprod"))
-        draw = noise.normal(batch)
-        x, draw = _perturbed(batch, m, std, draw)
-        out = mutils.CheckedNetwork(model)(x, labels)
-        del x
-        # (out - z)^2
-        return ops.score_loss(out, 1.0, -1.0, _reduction(batch, reduce_mean), draw, total=True)
 
-    return loss_fn
+def _ddpm_loss(
+    vpsde: VPSDE, train: bool, reduce_mean: bool, model: Any, batch: Tensor, mask: Tensor | None = None
+) -> Tensor:
+    check_array("batch", batch)
+    if mask is not None:
+        batch, mask = _observed(batch, mask)
+    mutils.ensure_mode(model, train)
+    like = batch.new_empty(batch.shape[0], dtype=ops.compute_dtype(batch))
+    labels = noise.integers(vpsde.N, like)
+    m, std = (vpsde.table(name, like)[labels] for name in ("sqrt_alphas_cumprod", "sqrt_1m_alphas_cumprod"))
+    x, draw = _perturbed(batch, m, std, noise.normal(batch))
+    out = mutils.CheckedNetwork(model)(x, labels)
+    del x
+    # (out - z)^2
+    return _loss(out, 1.0, -1.0, 1.0, draw, batch, mask, reduce_mean)
 
 
 def get_step_fn(
@@ -203,15 +333,27 @@ def get_step_fn(
     reduce_mean: bool = False,
     continuous: bool = True,
     likelihood_weighting: bool = False,
-) -> Callable[[dict[str, Any], Tensor], Tensor]:
-    """``step_fn(state, batch)`` -> loss: one training step, or one evaluation with the averaged weights.
+    *,
+    on_nonfinite: str = "raise",
+) -> Callable[..., Tensor]:
+    """``step_fn(state, batch, mask=None)`` -> loss: one training step, or one evaluation with the averaged weights.
 
-    ``state`` has the keys ``model optimizer ema step``; training adds one to ``step``.
+    ``state`` has the keys ``model optimizer ema step``; training adds one to ``step``. For ``mask`` see
+    :func:`get_sde_loss_fn`.
+
+    Args:
+        on_nonfinite: what becomes of a step whose gradient is NaN or Inf (``optimize_fn`` raises FloatingPointError).
+            ``"raise"``: the error leaves weights, optimizer, averages and ``step`` as they were. ``"skip"``: a warning
+            names the step, weights, optimizer and averages stay as they were, and the step counts. (What the network
+            itself changed in its forward pass, such as BatchNorm's statistics, stays changed.)
 
     Raises:
-        ValueError: discrete training of an SDE that has none (sub-VP, a user's own).
+        ValueError: discrete training of an SDE that has none (sub-VP, a user's own); another ``on_nonfinite``.
         AssertionError: discrete training with likelihood weighting.
+        FloatingPointError: by ``step_fn``, see ``on_nonfinite``.
     """
+    if on_nonfinite not in ("raise", "skip"):
+        raise ValueError(f"on_nonfinite: expected 'raise' or 'skip', got {on_nonfinite!r}.")
     if continuous:
         loss_fn = get_sde_loss_fn(
             sde, train, reduce_mean=reduce_mean, continuous=True, likelihood_weighting=likelihood_weighting
@@ -229,28 +371,44 @@ def get_step_fn(
             raise ValueError(
                 f"sde: discrete training is known for VPSDE and VESDE, got {type(sde).__name__}. Use continuous=True."
             )
-    if train and optimize_fn is None:
+    if not train:
+        return partial(_evaluate, loss_fn)
+    if optimize_fn is None:
         raise ValueError("optimize_fn: expected the function of optimization_manager(config) for training, got None.")
+    return partial(_train, loss_fn, optimize_fn, on_nonfinite == "skip")
 
-    def step_fn(state: dict[str, Any], batch: Tensor) -> Tensor:
-        model = state["model"]
-        if train:
-            assert optimize_fn is not None
-            optimizer = state["optimizer"]
-            optimizer.zero_grad()
-            loss = loss_fn(model, batch)
-            loss.backward()
-            optimize_fn(optimizer, model.parameters(), step=state["step"])
-            state["step"] += 1
-            state["ema"].update(model.parameters())
-            return loss
-        ema = state["ema"]
-        with torch.no_grad():
-            ema.store(model.parameters())
-            try:
-                ema.copy_to(model.parameters())
-                return loss_fn(model, batch)
-            finally:
-                ema.restore(model.parameters())
 
-    return step_fn
+def _train(
+    loss_fn: LossFn,
+    optimize_fn: Callable[..., None],
+    skip_nonfinite: bool,
+    state: dict[str, Any],
+    batch: Tensor,
+    mask: Tensor | None = None,
+) -> Tensor:
+    model, optimizer = state["model"], state["optimizer"]
+    optimizer.zero_grad()
+    loss = loss_fn(model, batch, mask)
+    loss.backward()
+    try:
+        optimize_fn(optimizer, model.parameters(), step=state["step"])
+    except FloatingPointError as error:
+        if not skip_nonfinite:
+            raise
+        warnings.warn(f"Skipped {error}", stacklevel=2)
+        state["step"] += 1
+        return loss
+    state["step"] += 1
+    state["ema"].update(model.parameters())
+    return loss
+
+
+@torch.no_grad()
+def _evaluate(loss_fn: LossFn, state: dict[str, Any], batch: Tensor, mask: Tensor | None = None) -> Tensor:
+    model, ema = state["model"], state["ema"]
+    ema.store(model.parameters())
+    try:
+        ema.copy_to(model.parameters())
+        return loss_fn(model, batch, mask)
+    finally:
+        ema.restore(model.parameters())

@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 
-from .. import sde_lib
-from ..models.ema import ExponentialMovingAverage
-from ..utils import read_torch_file, with_prefix_of
+from .. import sde_lib, utils
+from ..models.ema import check_shapes
 from .settings import Problem, Refused, first_line, reason
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -120,7 +119,7 @@ def load_weights(network: Any, path: str, which: str) -> None:
 
             weights: dict[str, Any] = safetensors.torch.load_file(path)
         else:
-            weights = read_torch_file(path, "cpu")
+            weights = utils.read_torch_file(path, "cpu")
     except Exception as error:
         why = (
             "it holds more than weights, and is not run" if "weights_only" in str(error).lower() else first_line(error)
@@ -131,11 +130,14 @@ def load_weights(network: Any, path: str, which: str) -> None:
     average = weights.get("ema") if "model" in weights else None
     weights = weights.get("model", weights)
     try:
-        network.load_state_dict(with_prefix_of(network, weights))
+        utils.load_weights(network, weights)
         if average is not None and which == "ema":
-            ema = ExponentialMovingAverage(network.parameters(), decay=0.0)
-            ema.load_state_dict(average)
-            ema.copy_to(network.parameters())
+            parameters = list(network.parameters())
+            trained = [p for p in parameters if p.requires_grad] or parameters  # all, where it comes frozen
+            check_shapes("ema", average["shadow_params"], trained)
+            with torch.no_grad():
+                for p, shadow in zip(trained, average["shadow_params"], strict=True):
+                    p.copy_(shadow)
     except (RuntimeError, ValueError, KeyError, AttributeError) as error:
         raise Refused(f"checkpoint: {path} does not fit the network: {first_line(error):.300}") from None
 
