@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from . import noise, ops
 from .checks import check_array, check_eps, check_state
 from .models import utils as mutils
+from .models.utils import ScoreFunction, ensure_mode, model_function, score_function
 from .reference import Draw, rows
-from .sde_lib import SDE, VESDE, VPSDE, is_affine, perturbation
+from .sde_lib import SDE, VESDE, VPSDE, is_affine, perturbation, recognised
 
 LossFn = Callable[[Any, Tensor], Tensor]
 
@@ -99,33 +100,33 @@ def get_sde_loss_fn(
         ValueError: eps outside (0, T); a batch that is not floating point, or holds NaN or Inf (looked for on the CPU
             alone); a network output of another shape.
     """
+    recognised(sde)
     check_eps(eps, sde.T)
-
-    affine = is_affine(sde)
 
     def loss_fn(model: Any, batch: Tensor) -> Tensor:
         check_array("batch", batch)
-        mutils.ensure_mode(model, train)
-        score_fn = mutils.make_score_fn(sde, mutils.CheckedNetwork(model), continuous)
+        score_fn = score_function(sde, model, train, continuous, mutils, switch=ensure_mode)
+        process = score_fn.sde
         weight = _reduction(batch, reduce_mean)
-        if not affine:
+        if not is_affine(process):
             check_state("batch", batch)
             u, draw = noise.times_and_normal(batch)
-            t = u * (sde.T - eps) + eps
-            return _plain_loss(sde, score_fn, batch, t, ops.materialize(draw, batch), likelihood_weighting, weight)
+            t = u * (process.T - eps) + eps
+            return _plain_loss(process, score_fn, batch, t, ops.materialize(draw, batch), likelihood_weighting, weight)
         x, labels, c, ratio, draw = perturbed(score_fn, batch)
         out = score_fn.network(x, labels)
         del x, labels  # unless the network keeps them for its own derivative, their memory serves for the gradient
         # (score std + z)^2, or (score + z / std)^2 g^2 = (score std + z)^2 (g / std)^2
         return ops.score_loss(out, c, 1.0, weight * ratio * ratio, draw, total=True)
 
-    def perturbed(score_fn: mutils.ScoreFunction, batch: Tensor) -> tuple[Tensor, Tensor, Any, Any, Draw]:
+    def perturbed(score_fn: ScoreFunction, batch: Tensor) -> tuple[Tensor, Tensor, Any, Any, Draw]:
         """A state for each sample and its labels; c with score std = c out; g / std, or 1; the noise."""
         u, draw = noise.times_and_normal(batch)
-        t, m, std = perturbation(sde, u, eps)  # type: ignore[arg-type]
+        process: Any = score_fn.sde
+        t, m, std = perturbation(process, u, eps)
         x, draw = _perturbed(batch, m, std, draw)
         c = -1.0 if score_fn.predicts_noise else score_fn.coefficient(t) * std
-        ratio = sde.sde_coefficients(t)[1] / std if likelihood_weighting else 1.0  # type: ignore[attr-defined]
+        ratio = process.sde_coefficients(t)[1] / std if likelihood_weighting else 1.0
         # The product by a kernel takes half as long as torch's, and nobody differentiates this t.
         labels = score_fn.labels(t) if score_fn.scale is None else ops.affine(t, None, score_fn.scale)
         return x, labels, c, ratio, draw
@@ -135,7 +136,7 @@ def get_sde_loss_fn(
 
 def _plain_loss(
     sde: SDE,
-    score_fn: mutils.ScoreFunction,
+    score_fn: ScoreFunction,
     x0: Tensor,
     t: Tensor,
     z: Tensor,
@@ -154,18 +155,19 @@ def _plain_loss(
 def get_smld_loss_fn(vesde: VESDE, train: bool, reduce_mean: bool = False) -> LossFn:
     """``loss_fn(model, batch)``: the loss of SMLD on the discrete noise levels, largest first (Song and Ermon 2019;
     Song et al. 2021, eq. 1). Batch, result and errors as in :func:`get_sde_loss_fn`; AssertionError for another SDE."""
-    if not isinstance(vesde, VESDE):
+    if not isinstance(recognised(vesde), VESDE):
         raise AssertionError(f"vesde: SMLD training works for VESDE alone, got {type(vesde).__name__}.")
 
     def loss_fn(model: Any, batch: Tensor) -> Tensor:
         check_array("batch", batch)
-        mutils.ensure_mode(model, train)
+        network, sde = model_function(model, train, mutils, switch=ensure_mode), recognised(vesde)
+        assert isinstance(sde, VESDE)
         like = batch.new_empty(len(batch), dtype=ops.compute_dtype(batch))
-        labels = noise.integers(vesde.N, like)
-        sigmas = vesde.table("discrete_sigmas", like)[vesde.N - 1 - labels]  # label 0 is the largest
+        labels = noise.integers(sde.N, like)
+        sigmas = sde.table("discrete_sigmas", like)[sde.N - 1 - labels]  # label 0 is the largest
         draw = noise.normal(batch)
         x, draw = _perturbed(batch, 1.0, sigmas, draw)
-        out = mutils.CheckedNetwork(model)(x, labels)
+        out = network(x, labels)
         del x
         # (score + z / sigma)^2 sigma^2
         return ops.score_loss(out, sigmas, 1.0, _reduction(batch, reduce_mean), draw, total=True)
@@ -177,18 +179,22 @@ def get_ddpm_loss_fn(vpsde: VPSDE, train: bool, reduce_mean: bool = True) -> Los
     """``loss_fn(model, batch)``: the loss of DDPM on the discrete steps; the network predicts the noise (Ho et al.
     2020; Song et al. 2021, eq. 3). Batch, result and errors as in :func:`get_sde_loss_fn`; AssertionError for another
     SDE."""
-    if not isinstance(vpsde, VPSDE):
+    process = recognised(vpsde)
+    if not isinstance(process, VPSDE):
         raise AssertionError(f"vpsde: DDPM training works for VPSDE alone, got {type(vpsde).__name__}.")
+    process.require_discrete()
 
     def loss_fn(model: Any, batch: Tensor) -> Tensor:
         check_array("batch", batch)
-        mutils.ensure_mode(model, train)
+        network, sde = model_function(model, train, mutils, switch=ensure_mode), recognised(vpsde)
+        assert isinstance(sde, VPSDE)
+        sde.require_discrete()
         like = batch.new_empty(len(batch), dtype=ops.compute_dtype(batch))
-        labels = noise.integers(vpsde.N, like)
-        m, std = (vpsde.table(name, like)[labels] for name in ("sqrt_alphas_cumprod", "sqrt_1m_alphas_cumprod"))
+        labels = noise.integers(sde.N, like)
+        m, std = (sde.table(name, like)[labels] for name in ("sqrt_alphas_cumprod", "sqrt_1m_alphas_cumprod"))
         draw = noise.normal(batch)
         x, draw = _perturbed(batch, m, std, draw)
-        out = mutils.CheckedNetwork(model)(x, labels)
+        out = network(x, labels)
         del x
         # (out - z)^2
         return ops.score_loss(out, 1.0, -1.0, _reduction(batch, reduce_mean), draw, total=True)
@@ -221,10 +227,11 @@ def get_step_fn(
             raise AssertionError(
                 "likelihood_weighting: the original SMLD and DDPM losses have none; use continuous=True."
             )
-        if isinstance(sde, VESDE):
-            loss_fn = get_smld_loss_fn(sde, train, reduce_mean=reduce_mean)
-        elif isinstance(sde, VPSDE):
-            loss_fn = get_ddpm_loss_fn(sde, train, reduce_mean=reduce_mean)
+        process = recognised(sde)
+        if isinstance(process, VESDE):
+            loss_fn = get_smld_loss_fn(sde, train, reduce_mean=reduce_mean)  # type: ignore[arg-type]
+        elif isinstance(process, VPSDE):
+            loss_fn = get_ddpm_loss_fn(sde, train, reduce_mean=reduce_mean)  # type: ignore[arg-type]
         else:
             raise ValueError(
                 f"sde: discrete training is known for VPSDE and VESDE, got {type(sde).__name__}. Use continuous=True."
