@@ -699,35 +699,53 @@ class _ByMethods(_Foreign):
 
     TABLES: tuple[str, ...] = ()
 
-    def _call(self, method: str, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        first, second = getattr(self.foreign, method)(x, t)
-        if first.shape != x.shape:
-            raise ValueError(
-                f"sde: expected {type(self.foreign).__name__}.{method} to return an array like x, {tuple(x.shape)}, "
-                f"got {tuple(first.shape)}. Is it written for images (B, C, H, W) alone?"
-            )
-        return first, second
-
     def sde(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        return self._call("sde", x, t)
+        return self._like(x, "sde", self.foreign.sde(x, t))
 
     def marginal_prob(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        return self._call("marginal_prob", x, t)
+        return self._like(x, "marginal_prob", self.foreign.marginal_prob(x, t))
 
     def discretize(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        for name in self.TABLES[:1]:
-            if hasattr(self.foreign, name):
-                self._checked_table(name)
-        return self._call("discretize", x, t)
+        self._check_tables()
+        return self._like(x, "discretize", self.foreign.discretize(x, t))
 
     def reverse(self, score_fn: Callable[[Tensor, Tensor], Tensor], probability_flow: bool = False) -> Any:
-        return self.foreign.reverse(score_fn, probability_flow)
+        return _ReverseByMethods(self, self.foreign.reverse(score_fn, probability_flow))
+
+    def _like(self, x: Tensor, method: str, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        if pair[0].shape != x.shape:
+            raise ValueError(
+                f"sde: expected {type(self.foreign).__name__}.{method} to return an array like x, {tuple(x.shape)}, "
+                f"got {tuple(pair[0].shape)}. Is it written for images (B, C, H, W) alone?"
+            )
+        return pair
+
+    def _check_tables(self) -> None:
+        if self.TABLES and hasattr(self.foreign, self.TABLES[0]):
+            self._checked_table(self.TABLES[0])
 
     def prior_sampling(self, shape: Sequence[int]) -> Tensor:
         return self.foreign.prior_sampling(shape)
 
     def prior_logp(self, z: Tensor) -> Tensor:
         return self.foreign.prior_logp(z)
+
+
+class _ReverseByMethods:
+    """The reverse of such an SDE."""
+
+    def __init__(self, forward: _ByMethods, rsde: Any) -> None:
+        self.forward, self.rsde = forward, rsde
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self).get("rsde"), name)
+
+    def sde(self, x: Tensor, t: Tensor) -> tuple[Tensor, Any]:
+        return self.forward._like(x, "reverse().sde", self.rsde.sde(x, t))
+
+    def discretize(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        self.forward._check_tables()
+        return self.forward._like(x, "reverse().discretize", self.rsde.discretize(x, t))
 
 
 class UnknownSDE(_ByMethods, SDE):
@@ -740,8 +758,6 @@ _OURS: dict[str, type[_Tabulated]] = {cls.__name__: cls for cls in (VPSDE, subVP
 _SAME: dict[str, type] = {name: type(name, (_Foreign, cls), {}) for name, cls in _OURS.items()}
 _OTHER: dict[str, type] = {name: type(name, (_ByMethods, cls), {"TABLES": cls.TABLES}) for name, cls in _OURS.items()}
 _PROCESSES |= {_SAME[name]: _PROCESSES[cls] for name, cls in _OURS.items()}
-
-_seen: OrderedDict[int, tuple[Any, Hashable, dict[str, Any], SDE]] = OrderedDict()  # the latest few, by id
 
 
 def recognised(sde: Any) -> SDE:
@@ -758,9 +774,14 @@ def recognised(sde: Any) -> SDE:
     Raises:
         NotImplementedError: anything else. What a network of it returns would be a guess.
     """
-    if takes_numbers(sde) or isinstance(sde, tuple(_OURS.values())):
+    if type(sde) in _PROCESSES or isinstance(sde, (VPSDE, subVPSDE, VESDE)):
         return sde
-    name = next((cls.__name__ for cls in type(sde).__mro__ if cls.__name__ in _OURS), None)
+    if (kept := _seen.get(id(sde))) and kept[0].is_that_of(sde):
+        return kept[1]
+    cls = type(sde)
+    if cls not in _names:
+        _names[cls] = next((base.__name__ for base in cls.__mro__ if base.__name__ in _OURS), None)
+    name = _names[cls]
     lacking = [a for a in (*_OURS[name].PARAMETERS, "T", *_METHODS) if not hasattr(sde, a)] if name else []
     if name and not lacking:
         return _read_as(name, sde)
@@ -780,29 +801,46 @@ def recognised(sde: Any) -> SDE:
 
 def _read_as(name: str, foreign: Any) -> SDE:
     """Kept until an attribute changes."""
-    state = fingerprint(foreign)
-    if (kept := _seen.get(id(foreign))) and kept[0] is foreign and kept[1] == state:
-        return kept[3]
-    sde = _SAME[name](foreign)
+    state, sde = _State(foreign), _SAME[name](foreign)
     if not _computes_the_same(foreign, sde):
         sde = _OTHER[name](foreign)
-    # The values are kept with it, so that no other object gets the id of one of them.
-    _seen[id(foreign)] = foreign, state, dict(vars(foreign)), sde
+    _seen[id(foreign)] = state, sde
     if len(_seen) > 16:
         _seen.popitem(last=False)
     return sde
 
 
+class _State:
+    """An SDE's class and attributes at one time. They are kept alive, so that an identity is that of one object."""
+
+    def __init__(self, sde: Any) -> None:
+        self.sde, self.cls, self.attributes = sde, type(sde), dict(getattr(sde, "__dict__", {}))
+        tensors = (v for v in self.attributes.values() if isinstance(v, Tensor) and not v.is_inference())
+        self.written = [(v, v._version) for v in tensors]
+
+    def is_that_of(self, sde: Any) -> bool:
+        now = getattr(sde, "__dict__", {})
+        return (
+            self.sde is sde
+            and self.cls is type(sde)
+            and len(now) == len(self.attributes)
+            and all(now.get(name) is value for name, value in self.attributes.items())
+            and all(tensor._version == version for tensor, version in self.written)
+        )
+
+
+_seen: OrderedDict[int, tuple[_State, SDE]] = OrderedDict()  # the latest few, by id
+_names: dict[type, str | None] = {}  # of ours, that a class is called by
+
+
 def fingerprint(sde: Any) -> Hashable:
-    """What an SDE computes with: its class and its attributes, as far as a change of them can be seen from outside."""
+    """The SDE's class and attributes, as a key: tensors and other objects by their identity."""
 
     def mark(value: Any) -> Hashable:
         if isinstance(value, Tensor):
             return id(value), 0 if value.is_inference() else value._version
         return value if isinstance(value, (bool, int, float, str, type(None))) else id(value)
 
-    if isinstance(sde, _Foreign):
-        return fingerprint(sde.foreign)
     return type(sde), *((name, mark(value)) for name, value in vars(sde).items())
 
 
