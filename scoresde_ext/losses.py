@@ -100,12 +100,13 @@ def get_sde_loss_fn(
         ValueError: eps outside (0, T); a batch that is not floating point, or holds NaN or Inf (looked for on the CPU
             alone); a network output of another shape.
     """
-    recognised(sde)
+    read = recognised(sde)
     check_eps(eps, sde.T)
 
     def loss_fn(model: Any, batch: Tensor) -> Tensor:
         check_array("batch", batch)
-        score_fn = score_function(sde, model, train, continuous, mutils, switch=ensure_mode)
+        given = read if torch.compiler.is_compiling() else sde  # a foreign one is looked at outside of the graph
+        score_fn = score_function(given, model, train, continuous, mutils, switch=ensure_mode)
         process = score_fn.sde
         weight = _reduction(batch, reduce_mean)
         if not is_affine(process):

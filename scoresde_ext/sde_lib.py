@@ -397,7 +397,7 @@ class _Tabulated(AffineSDE):
         if name in self.TABLES and name in known:
             self._set_table(name, value)
             return
-        parameters = [value if n == name else known.get(n) for n in self.PARAMETERS]
+        parameters = [value if n == name else getattr(self, n, None) for n in self.PARAMETERS]
         follows = name in self.PARAMETERS and None not in parameters and not (name in known and known[name] == value)
         if follows:
             if self._own_table:
@@ -681,17 +681,19 @@ class _Foreign:
         return self.foreign.T
 
     def _checked_table(self, name: str) -> Tensor:
-        try:
-            table = getattr(self, name)
-        except AttributeError:  # upstream's subVPSDE has none
-            ours: Any = _OURS[type(self).__name__](*(getattr(self, p) for p in self.PARAMETERS))
-            return getattr(ours, name)
+        if not hasattr(self.foreign, name):  # upstream's subVPSDE has none
+            return self._missing_table(name)
+        table = getattr(self, name)
         if len(table) != self.N:
             raise ValueError(
                 f"sde: expected {name} of N = {self.N} values, got {len(table)}. The N of a {type(self).__name__} of "
                 "your own was changed after its tables were made: make another one."
             )
         return table
+
+    def _missing_table(self, name: str) -> Tensor:
+        ours: Any = _OURS[type(self).__name__](*(getattr(self, p) for p in self.PARAMETERS))
+        return getattr(ours, name)
 
 
 class _ByMethods(_Foreign):
@@ -712,13 +714,18 @@ class _ByMethods(_Foreign):
     def reverse(self, score_fn: Callable[[Tensor, Tensor], Tensor], probability_flow: bool = False) -> Any:
         return _ReverseByMethods(self, self.foreign.reverse(score_fn, probability_flow))
 
-    def _like(self, x: Tensor, method: str, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        if pair[0].shape != x.shape:
+    def _missing_table(self, name: str) -> Tensor:
+        raise ValueError(f"sde: expected a {type(self).__name__} with a table {name}, which this step needs, got none.")
+
+    def _like(self, x: Tensor, method: str, pair: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
+        array, number = pair
+        if array.shape != x.shape or (isinstance(number, Tensor) and number.shape != x.shape[:1]):
             raise ValueError(
                 f"sde: expected {type(self.foreign).__name__}.{method} to return an array like x, {tuple(x.shape)}, "
-                f"got {tuple(pair[0].shape)}. Is it written for images (B, C, H, W) alone?"
+                f"and one number a sample, got {tuple(array.shape)} and {tuple(getattr(number, 'shape', ()))}. "
+                "Is it written for images (B, C, H, W) alone?"
             )
-        return pair
+        return array, number
 
     def _check_tables(self) -> None:
         if self.TABLES and hasattr(self.foreign, self.TABLES[0]):

@@ -288,12 +288,11 @@ def score_function(
     theirs = own_function("get_score_fn", *places)
     if theirs is None:
         return make_score_fn(sde, model_function(model, train, *places, switch=switch), continuous)
-    process, given = sde_lib.recognised(sde), _as_they_know_it(theirs, sde)
-    if _same_score(theirs, sde, given, process, continuous):
+    if _same_score(theirs, sde, continuous):
         switch(model, train)
         return make_score_fn(sde, CheckedNetwork(model), continuous)
-    score = theirs(given, model, train=train, continuous=continuous)
-    return ScoreFunction(process, _InPlaceOf(model, score), lambda t: t, lambda t: 1.0)
+    score = theirs(_as_they_know_it(theirs, sde), model, train=train, continuous=continuous)
+    return ScoreFunction(sde_lib.recognised(sde), _InPlaceOf(model, score), lambda t: t, lambda t: 1.0)
 
 
 def model_function(
@@ -326,7 +325,7 @@ class _Passing:
         return self._cls
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._sde, name)
+        return getattr(vars(self).get("_sde"), name)
 
 
 def _as_they_know_it(theirs: Any, sde: Any) -> Any:
@@ -358,11 +357,13 @@ def _once(key: Hashable, question: Callable[[], bool]) -> bool:
     return _answers[key]
 
 
-def _same_score(theirs: Any, sde: Any, given: Any, process: Any, continuous: bool) -> bool:
+@torch.compiler.assume_constant_result
+def _same_score(theirs: Any, sde: Any, continuous: bool) -> bool:
     """Whether the program's own ``get_score_fn`` gives a network the same inputs as ours, in the same mode, and makes
     the same score of its output."""
 
     def answer() -> bool:
+        process, given = sde_lib.recognised(sde), _as_they_know_it(theirs, sde)
         if isinstance(process, sde_lib.UnknownSDE):
             return False
         x, t = _trial_states(), torch.logspace(-5.0, 0.0, 16, dtype=torch.float64, device="cpu") * process.T
@@ -382,6 +383,7 @@ def _same_score(theirs: Any, sde: Any, given: Any, process: Any, continuous: boo
     return _once((theirs, sde_lib.fingerprint(sde), continuous), answer)
 
 
+@torch.compiler.assume_constant_result
 def _same_output(theirs: Any) -> bool:
     """Whether the program's own ``get_model_fn`` hands inputs and output of the network on as they are."""
 
