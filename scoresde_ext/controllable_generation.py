@@ -10,10 +10,27 @@ from torch import Tensor
 
 from . import noise, sampling
 from .checks import check_corrector, check_eps, check_state
+from .models import utils as mutils
 from .ode import InverseScaler
 from .reference import rows
-from .sampling import PCLoop
-from .sde_lib import SDE
+from .sampling import (
+    NoneCorrector,
+    NonePredictor,
+    PCLoop,
+    shared_corrector_update_fn,
+    shared_predictor_update_fn,
+)
+from .sde_lib import SDE, recognised
+
+__all__ = [
+    "NoneCorrector",
+    "NonePredictor",
+    "get_pc_colorizer",
+    "get_pc_inpainter",
+    "mutils",
+    "shared_corrector_update_fn",
+    "shared_predictor_update_fn",
+]
 
 
 class _Known:
@@ -41,7 +58,7 @@ class _Known:
         """The state with the known part at time t, noisy and as its mean. As upstream, the unknown part is the noisy
         one in both."""
         known = self.decouple(self.data)
-        mean, std = self.sde.marginal_prob(known, t)
+        mean, std = recognised(self.sde).marginal_prob(known, t)
         noisy = mean + noise.normal_tensor(x) * rows(std, x)
         return self.merge(x, noisy), self.merge(x, mean)
 
@@ -164,6 +181,7 @@ def _get_pc_filler(
     grid: Sequence[float] | Tensor | None,
     progress: bool,
 ) -> Callable[[Any, _Known], Tensor]:
+    recognised(sde)
     check_eps(eps, sde.T)
     check_corrector(snr, n_steps)
     times = sampling.check_grid(grid, sde, predictor, eps, continuous)

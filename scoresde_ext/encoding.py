@@ -16,9 +16,9 @@ from .checks import check_eps, check_state, check_tolerances
 from .flow import ProbabilityFlow
 from .integrate import SolverError
 from .likelihood import row_dot
-from .models import utils as mutils
+from .models.utils import score_function
 from .ode import solve_ode
-from .sde_lib import SDE
+from .sde_lib import SDE, recognised
 
 __all__ = ["decode", "encode", "interpolate", "slerp"]
 
@@ -66,7 +66,7 @@ def encode(
     """
     options = {"control": control, "coordinate": coordinate, "order": order, "steps": steps, "grid": grid}
     options |= {"max_steps": max_steps, "on_failure": on_failure, "progress": progress}
-    return _follow(sde, model, "data", data, (eps, sde.T), method, rtol, atol, options)
+    return _follow(sde, model, "data", data, (eps, recognised(sde).T), method, rtol, atol, options)
 
 
 def decode(
@@ -93,7 +93,7 @@ def decode(
     """
     options = {"control": control, "coordinate": coordinate, "order": order, "steps": steps, "grid": grid}
     options |= {"max_steps": max_steps, "on_failure": on_failure, "progress": progress}
-    return _follow(sde, model, "latents", latents, (sde.T, eps), method, rtol, atol, options)
+    return _follow(sde, model, "latents", latents, (recognised(sde).T, eps), method, rtol, atol, options)
 
 
 @torch.no_grad()
@@ -112,7 +112,7 @@ def _follow(
     check_eps(min(span), sde.T)
     check_tolerances(rtol, atol)
     check_state(name, x)
-    flow = ProbabilityFlow(sde, mutils.get_score_fn(sde, model, train=False, continuous=True))
+    flow = ProbabilityFlow(sde, score_function(sde, model, False, True))
     try:
         return solve_ode(flow, span, (x,), method, rtol=rtol, atol=atol, **options).y[0]
     except SolverError as error:

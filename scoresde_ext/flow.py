@@ -12,7 +12,7 @@ from torch import Tensor
 from . import ops
 from .integrate import Terms, Time, padded, time_vector
 from .models import utils as mutils
-from .sde_lib import SDE, ReverseSDE, at_time, is_affine
+from .sde_lib import SDE, ReverseSDE, at_time, is_affine, recognised
 
 
 class ProbabilityFlow:
@@ -20,10 +20,16 @@ class ProbabilityFlow:
     the integrator. ``t`` is a float for the whole batch, or float64 ``(B,)``."""
 
     def __init__(self, sde: SDE, score_fn: mutils.ScoreFunction) -> None:
+        sde = recognised(sde)
         self.sde, self.score_fn = sde, score_fn
         self.rsde = sde.reverse(score_fn, probability_flow=True)
         # A user's SDE may have replaced reverse(): then only its own drift says what is meant.
-        self.fused = is_affine(sde) and type(self.rsde) is ReverseSDE and self.rsde.score_fn is score_fn
+        self.fused = (
+            is_affine(sde)
+            and type(self.rsde) is ReverseSDE
+            and self.rsde.forward is sde
+            and self.rsde.score_fn is score_fn
+        )
 
     def network(self, x: Tensor, t: Time) -> Tensor:
         """The network's output at states ``x``: score = k out, with the k of :meth:`marginal`."""

@@ -463,7 +463,10 @@ def _until_done(launch: Callable[[], None], watch: Watch, flag: Callable[[], Any
             ahead = ahead and time.perf_counter() - since < LONG
 
 
-def plan(asked: str, cache: Cache, network: Any, device: torch.device) -> Plan:
-    """The plan of a sampler for one call."""
+def plan(
+    asked: str, cache: Cache, network: Any, device: torch.device, process: Callable[[], Hashable] = lambda: None
+) -> Plan:
+    """The plan of a sampler for one call. ``process()``: what its loops depend on beside the network."""
     needs_key = asked != "off" and backend_of(device) is not None
-    return Plan(asked, cache, fingerprint(network) if needs_key else None)
+    key = fingerprint(network) if needs_key else None
+    return Plan(asked, cache, None if key is None else (key, process()))

@@ -30,9 +30,9 @@ from .checks import check_eps, check_shape
 from .flow import ProbabilityFlow
 from .integrate import solve
 from .integrate.multistep import Flow, grid_points, grid_tables, with_values
-from .models import utils as mutils
+from .models.utils import score_function
 from .ode import precision_floor
-from .sde_lib import SDE, AffineSDE
+from .sde_lib import SDE, is_affine, recognised
 
 LOOSE = 1e-3  # tolerance of the run that shows where steps are needed
 TIGHT = 1e-6  # and of the one that is fitted to
@@ -72,7 +72,8 @@ class Grid:
 
     def check(self, sde: SDE) -> None:
         """ValueError where the grid was made for another SDE."""
-        found: Any = sde.log_snr(torch.tensor(self.times, dtype=torch.float64)) if isinstance(sde, AffineSDE) else None
+        sde = recognised(sde)
+        found: Any = sde.log_snr(torch.tensor(self.times, dtype=torch.float64)) if is_affine(sde) else None
         if found is None or np.abs(found.numpy() - self.log_snr).max() > 1e-6:
             ends = "not affine" if found is None else f"log-SNR {found[0]:.4g} to {found[-1]:.4g}"
             raise ValueError(
@@ -158,6 +159,7 @@ def calibrate_grid(
         ValueError: an argument is wrong; before any evaluation.
         SolverError: a calibration sample could not be solved.
     """
+    recognised(sde)
     shape = check_shape(shape)
     check_eps(eps, sde.T)
     for name, value, least in (("nfe", nfe, 1), ("samples", samples, 2), ("order", order, 1)):
@@ -167,7 +169,7 @@ def calibrate_grid(
         raise ValueError(f"order: expected 1, 2, 3 or 4, got {order!r}.")
     if coefficients not in COEFFICIENTS:
         raise ValueError(f"coefficients: expected one of {', '.join(COEFFICIENTS)}, got {coefficients!r}.")
-    flow = ProbabilityFlow(sde, mutils.get_score_fn(sde, model, train=False, continuous=True))
+    flow = ProbabilityFlow(sde, score_function(sde, model, False, True))
     flow.require_affine("calibrate_grid")
     span = (float(sde.T), float(eps))
 

@@ -21,8 +21,9 @@ from .checks import check_eps, check_state, check_tolerances, name_rows
 from .flow import ProbabilityFlow
 from .integrate import Solution, SolverError, Status, Terms, Time, time_vector
 from .models import utils as mutils
+from .models.utils import ScoreFunction, score_function
 from .ode import solve_ode
-from .sde_lib import SDE
+from .sde_lib import SDE, recognised
 
 HUTCHINSON = ("Gaussian", "Rademacher", "exact")
 UNITS = ("bits/dim", "nats")
@@ -62,7 +63,7 @@ class _FlowWithDivergence(ProbabilityFlow):
     """The state with its accumulated divergence: parts ``(x, log density)``. The divergence is ``share`` times the sum
     of ``v^T (d drift / dx) v`` over the ``vectors`` ``(n, B, *)``."""
 
-    def __init__(self, sde: SDE, score_fn: mutils.ScoreFunction, vectors: Tensor, share: float) -> None:
+    def __init__(self, sde: SDE, score_fn: ScoreFunction, vectors: Tensor, share: float) -> None:
         super().__init__(sde, score_fn)
         self.vectors, self.share = vectors, share
         self.batched = len(vectors) > 1
@@ -152,6 +153,7 @@ def get_likelihood_fn(
         SolverError: the integration of samples failed, or their likelihood is not finite; ``.solution`` has the others,
             NaN where one failed.
     """
+    recognised(sde)
     check_eps(eps, sde.T)
     check_tolerances(rtol, atol)
     _check_method(method)
@@ -218,7 +220,7 @@ class Likelihood:
         check_state("data", data)
         offset = self.offset(data)
         vectors, share = self.vectors(data)
-        score_fn = mutils.get_score_fn(self.sde, model, train=False, continuous=True)
+        score_fn = score_function(self.sde, model, False, True, mutils)
         drift = _FlowWithDivergence(self.sde, score_fn, vectors, share)
         parts, span = (data, data.new_zeros(len(data))), (self.eps, self.sde.T)
         try:
@@ -273,7 +275,7 @@ class Likelihood:
         (z, delta), failed = solution.y, solution.status != 0
         n = math.prod(z.shape[1:])
         shown = z.masked_fill(failed.reshape(-1, *[1] * (z.dim() - 1)), 0.0)  # no prior is shown a NaN
-        log_p = self.sde.prior_logp(shown) + delta
+        log_p = recognised(self.sde).prior_logp(shown) + delta
         if self.units == "nats":
             values = log_p - offset * math.log(2) * n
         else:

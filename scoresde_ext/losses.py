@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from . import noise, ops
 from .checks import check_array, check_eps, check_state, traced
 from .models import utils as mutils
+from .models.utils import ScoreFunction, ensure_mode, model_function, score_function
 from .reference import Draw, rows
-from .sde_lib import SDE, VESDE, VPSDE, is_affine, perturbation
+from .sde_lib import SDE, VESDE, VPSDE, is_affine, perturbation, recognised
 
 LossFn = Callable[..., Tensor]
 """``loss_fn(model, batch, mask=None)``."""
@@ -212,13 +213,14 @@ def get_sde_loss_fn(
             a mask with a negative number, NaN or Inf (values are looked at on the CPU alone); a mask of another shape
             or device; a network output of another shape.
     """
+    read = recognised(sde)
     check_eps(eps, sde.T)
-    loss_fn = _affine_sde_loss if is_affine(sde) else _plain_sde_loss
-    return partial(loss_fn, sde, train, reduce_mean, continuous, likelihood_weighting, eps)
+    return partial(_sde_loss, sde, read, train, reduce_mean, continuous, likelihood_weighting, eps)
 
 
-def _affine_sde_loss(
+def _sde_loss(
     sde: Any,
+    read: SDE,
     train: bool,
     reduce_mean: bool,
     continuous: bool,
@@ -231,10 +233,13 @@ def _affine_sde_loss(
     check_array("batch", batch)
     if mask is not None:
         batch, mask = _observed(batch, mask)
-    mutils.ensure_mode(model, train)
-    score_fn = mutils.make_score_fn(sde, mutils.CheckedNetwork(model), continuous)
+    given = read if torch.compiler.is_compiling() else sde  # a foreign one is looked at outside of the graph
+    score_fn = score_function(given, model, train, continuous, mutils, switch=ensure_mode)
+    process: Any = score_fn.sde
+    if not is_affine(process):
+        return _plain_sde_loss(process, score_fn, batch, mask, reduce_mean, likelihood_weighting, eps)
     u, draw = noise.times_and_normal(batch)
-    t, m, std = perturbation(sde, u, eps)
+    t, m, std = perturbation(process, u, eps)
     x, draw = _perturbed(batch, m, std, draw)
     # The product by a kernel takes half as long as torch's, and nobody differentiates this t.
     labels = score_fn.labels(t) if score_fn.scale is None else ops.affine(t, None, score_fn.scale)
@@ -242,28 +247,21 @@ def _affine_sde_loss(
     del x, labels  # unless the network keeps them for its own derivative, their memory serves for the gradient
     # (score std + z)^2, or (score + z / std)^2 g^2 = (score std + z)^2 (g / std)^2, with score std = c out
     c = -1.0 if score_fn.predicts_noise else score_fn.coefficient(t) * std
-    ratio = sde.sde_coefficients(t)[1] / std if likelihood_weighting else 1.0
+    ratio = process.sde_coefficients(t)[1] / std if likelihood_weighting else 1.0
     return _loss(out, c, 1.0, ratio * ratio, draw, batch, mask, reduce_mean)
 
 
 def _plain_sde_loss(
     sde: SDE,
-    train: bool,
+    score_fn: ScoreFunction,
+    batch: Tensor,
+    mask: Tensor | None,
     reduce_mean: bool,
-    continuous: bool,
     likelihood_weighting: bool,
     eps: float,
-    model: Any,
-    batch: Tensor,
-    mask: Tensor | None = None,
 ) -> Tensor:
     """The same loss for an SDE that is known by its methods alone."""
-    check_array("batch", batch)
-    if mask is not None:
-        batch, mask = _observed(batch, mask)
     check_state("batch", batch)
-    mutils.ensure_mode(model, train)
-    score_fn = mutils.make_score_fn(sde, mutils.CheckedNetwork(model), continuous)
     u, draw = noise.times_and_normal(batch)
     t, z = u * (sde.T - eps) + eps, ops.materialize(draw, batch).to(u.dtype)
     mean, std = sde.marginal_prob(batch, t)
@@ -278,7 +276,7 @@ def get_smld_loss_fn(vesde: VESDE, train: bool, reduce_mean: bool = False) -> Lo
     """``loss_fn(model, batch, mask=None)``: the loss of SMLD on the discrete noise levels, largest first (Song and
     Ermon 2019; Song et al. 2021, eq. 1). Batch, mask, result and errors as in :func:`get_sde_loss_fn`; AssertionError
     for another SDE."""
-    if not isinstance(vesde, VESDE):
+    if not isinstance(recognised(vesde), VESDE):
         raise AssertionError(f"vesde: SMLD training works for VESDE alone, got {type(vesde).__name__}.")
     return partial(_smld_loss, vesde, train, reduce_mean)
 
@@ -289,12 +287,13 @@ def _smld_loss(
     check_array("batch", batch)
     if mask is not None:
         batch, mask = _observed(batch, mask)
-    mutils.ensure_mode(model, train)
+    network, sde = model_function(model, train, mutils, switch=ensure_mode), recognised(vesde)
+    assert isinstance(sde, VESDE)
     like = batch.new_empty(batch.shape[0], dtype=ops.compute_dtype(batch))
-    labels = noise.integers(vesde.N, like)
-    sigmas = vesde.table("discrete_sigmas", like)[vesde.N - 1 - labels]  # label 0 is the largest
+    labels = noise.integers(sde.N, like)
+    sigmas = sde.table("discrete_sigmas", like)[sde.N - 1 - labels]  # label 0 is the largest
     x, draw = _perturbed(batch, 1.0, sigmas, noise.normal(batch))
-    out = mutils.CheckedNetwork(model)(x, labels)
+    out = network(x, labels)
     del x
     # (score + z / sigma)^2 sigma^2
     return _loss(out, sigmas, 1.0, 1.0, draw, batch, mask, reduce_mean)
@@ -304,8 +303,10 @@ def get_ddpm_loss_fn(vpsde: VPSDE, train: bool, reduce_mean: bool = True) -> Los
     """``loss_fn(model, batch, mask=None)``: the loss of DDPM on the discrete steps; the network predicts the noise (Ho
     et al. 2020; Song et al. 2021, eq. 3). Batch, mask, result and errors as in :func:`get_sde_loss_fn`; AssertionError
     for another SDE."""
-    if not isinstance(vpsde, VPSDE):
+    process = recognised(vpsde)
+    if not isinstance(process, VPSDE):
         raise AssertionError(f"vpsde: DDPM training works for VPSDE alone, got {type(vpsde).__name__}.")
+    process.require_discrete()
     return partial(_ddpm_loss, vpsde, train, reduce_mean)
 
 
@@ -315,12 +316,14 @@ def _ddpm_loss(
     check_array("batch", batch)
     if mask is not None:
         batch, mask = _observed(batch, mask)
-    mutils.ensure_mode(model, train)
+    network, sde = model_function(model, train, mutils, switch=ensure_mode), recognised(vpsde)
+    assert isinstance(sde, VPSDE)
+    sde.require_discrete()
     like = batch.new_empty(batch.shape[0], dtype=ops.compute_dtype(batch))
-    labels = noise.integers(vpsde.N, like)
-    m, std = (vpsde.table(name, like)[labels] for name in ("sqrt_alphas_cumprod", "sqrt_1m_alphas_cumprod"))
+    labels = noise.integers(sde.N, like)
+    m, std = (sde.table(name, like)[labels] for name in ("sqrt_alphas_cumprod", "sqrt_1m_alphas_cumprod"))
     x, draw = _perturbed(batch, m, std, noise.normal(batch))
-    out = mutils.CheckedNetwork(model)(x, labels)
+    out = network(x, labels)
     del x
     # (out - z)^2
     return _loss(out, 1.0, -1.0, 1.0, draw, batch, mask, reduce_mean)
@@ -363,10 +366,11 @@ def get_step_fn(
             raise AssertionError(
                 "likelihood_weighting: the original SMLD and DDPM losses have none; use continuous=True."
             )
-        if isinstance(sde, VESDE):
-            loss_fn = get_smld_loss_fn(sde, train, reduce_mean=reduce_mean)
-        elif isinstance(sde, VPSDE):
-            loss_fn = get_ddpm_loss_fn(sde, train, reduce_mean=reduce_mean)
+        process = recognised(sde)
+        if isinstance(process, VESDE):
+            loss_fn = get_smld_loss_fn(sde, train, reduce_mean=reduce_mean)  # type: ignore[arg-type]
+        elif isinstance(process, VPSDE):
+            loss_fn = get_ddpm_loss_fn(sde, train, reduce_mean=reduce_mean)  # type: ignore[arg-type]
         else:
             raise ValueError(
                 f"sde: discrete training is known for VPSDE and VESDE, got {type(sde).__name__}. Use continuous=True."

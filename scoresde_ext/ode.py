@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -18,11 +19,17 @@ from .flow import ProbabilityFlow
 from .integrate import Finished, Solution, SolverError, Status, Stream, time_vector
 from .integrate.results import describe
 from .integrate.run import column
-from .models import utils as mutils
+from .models.utils import ScoreFunction, score_function
 from .predictors import ReverseDiffusionPredictor
-from .sde_lib import SDE
+from .sde_lib import SDE, fingerprint, recognised
 
 InverseScaler = Callable[[Tensor], Tensor]
+
+
+def _score_fn(sde: SDE, model: Any) -> ScoreFunction:
+    """Where a program replaces upstream's get_score_fn for the samplers: in ``sampling``, which imports this module."""
+    sampling = sys.modules.get(f"{__package__}.sampling")
+    return score_function(sde, model, False, True, sampling, getattr(sampling, "mutils", None))
 
 
 def get_ode_sampler(
@@ -75,6 +82,7 @@ def get_ode_sampler(
         ValueError: an argument is wrong; before any evaluation.
         SolverError: samples could not be finished; ``.solution`` has the others, NaN where one failed.
     """
+    recognised(sde)
     shape = check_shape(shape)
     check_eps(eps, sde.T)
     check_tolerances(rtol, atol)
@@ -128,7 +136,7 @@ class OdeSampler:
         under ``control='per_sample'``. A sample that fails is NaN and has its status; nothing is raised for it."""
         if self.options["control"] != "per_sample":
             raise ValueError(f"control: a stream expects 'per_sample', got {self.options['control']!r}.")
-        score_fn = mutils.get_score_fn(self.sde, model, train=False, continuous=True)
+        score_fn = _score_fn(self.sde, model)
         flow, span = ProbabilityFlow(self.sde, score_fn), (self.sde.T, self.eps)
 
         def source(first: int, stop: int) -> Tensor:
@@ -149,7 +157,7 @@ class OdeSampler:
         return stream
 
     def _run(self, model: Any, z: Tensor | None) -> Solution:
-        score_fn = mutils.get_score_fn(self.sde, model, train=False, continuous=True)
+        score_fn = _score_fn(self.sde, model)
         if z is None:
             with noise.seeded(self.seeds, self.shape[0]):
                 z = noise.prior(self.sde, self.shape, self.device)
@@ -158,7 +166,7 @@ class OdeSampler:
         flow, span = ProbabilityFlow(self.sde, score_fn), (self.sde.T, self.eps)
         cause: BaseException | None = None
         try:
-            plan = graphs.plan(self.options["graph"], self.cache, model, z.device)
+            plan = graphs.plan(self.options["graph"], self.cache, model, z.device, lambda: fingerprint(self.sde))
             solution = solve_ode(flow, span, (z,), self.method, **(self.options | {"graph": plan}))
         except SolverError as error:
             if error.solution is None:  # scipy's
@@ -173,7 +181,7 @@ class OdeSampler:
         return solution
 
     def _denoised(
-        self, solution: Solution, score_fn: mutils.ScoreFunction, cause: BaseException | None
+        self, solution: Solution, score_fn: ScoreFunction, cause: BaseException | None
     ) -> tuple[Solution, BaseException | None]:
         """The last step without noise, of the samples that reached it; and what the network raised, if it did."""
         (x,), status = solution.y, solution.status
@@ -188,7 +196,7 @@ class OdeSampler:
         return replace(solution, y=(y,), status=status, message=message), cause
 
     @torch.no_grad()
-    def _last_step(self, x: Tensor, status: Tensor, score_fn: mutils.ScoreFunction) -> tuple[Tensor, Tensor]:
+    def _last_step(self, x: Tensor, status: Tensor, score_fn: ScoreFunction) -> tuple[Tensor, Tensor]:
         """States and status after it."""
         finished = status == Status.SUCCESS
         predictor = ReverseDiffusionPredictor(self.sde, score_fn, probability_flow=False)

@@ -24,7 +24,7 @@ from .checks import check_inputs, derived
 from .integrate import time_vector
 from .models import utils as mutils
 from .reference import Draw
-from .sde_lib import SDE, ReverseSDE, is_affine, score_terms, sqrt
+from .sde_lib import SDE, ReverseSDE, is_affine, recognised, score_terms, sqrt, takes_numbers
 
 ScoreFn = Callable[[Tensor, Tensor], Tensor]
 
@@ -43,13 +43,13 @@ def register_corrector(cls: type | None = None, *, name: str | None = None) -> A
 
 
 def get_predictor(name: str) -> type:
-    """The predictor registered under ``name``; KeyError if there is none."""
-    return _PREDICTORS[name]
+    """The predictor registered under ``name``; KeyError that lists the names if there is none."""
+    return mutils.look_up(_PREDICTORS, "predictor", name)
 
 
 def get_corrector(name: str) -> type:
-    """The corrector registered under ``name``; KeyError if there is none."""
-    return _CORRECTORS[name]
+    """The corrector registered under ``name``; KeyError that lists the names if there is none."""
+    return mutils.look_up(_CORRECTORS, "corrector", name)
 
 
 # ---- predictors ----
@@ -70,7 +70,7 @@ class Predictor(abc.ABC):
 
     def __init__(self, sde: SDE, score_fn: ScoreFn, probability_flow: bool = False) -> None:
         self.sde = sde
-        self.rsde = sde.reverse(score_fn, probability_flow)
+        self.rsde = recognised(sde).reverse(score_fn, probability_flow)
         self.score_fn = score_fn
 
     @abc.abstractmethod
@@ -85,19 +85,26 @@ class Predictor(abc.ABC):
 
 def takes_grid(predictor: type) -> bool:
     """Whether a predictor has a ``step_to`` that goes with its ``update_fn``: not one inherited from a class whose
-    ``update_fn`` it replaced."""
+    ``update_fn``, or a part of it, was replaced."""
 
     classes = getattr(predictor, "__mro__", ())
     owners = [cls for cls in classes if "step_to" in vars(cls)]
-    return bool(owners) and not any("update_fn" in vars(cls) for cls in classes[: classes.index(owners[0])])
+    updates = {"update_fn", "vpsde_update_fn", "vesde_update_fn"}
+    return bool(owners) and not any(updates & vars(cls).keys() for cls in classes[: classes.index(owners[0])])
 
 
 def _times(step: Predictor | Corrector, x: Tensor, t: Tensor) -> Any:
     """``t``, checked; or, where it is seen to be one time for all samples, that number. Coefficients then are numbers
     too: computing them takes microseconds, and a tenth of a millisecond as small tensors."""
-    at = check_inputs(x, t, step.sde.T)
-    ours = type(step.sde).__module__ == sde_lib.__name__ and getattr(step.score_fn, "sde", step.sde) is step.sde
+    sde = recognised(step.sde)
+    at = check_inputs(x, t, sde.T)
+    ours = takes_numbers(sde) and getattr(step.score_fn, "sde", sde) is sde
     return at if at is not None and ours and t.dtype == torch.float32 else t
+
+
+def _fused(rsde: Any) -> bool:
+    """Whether the reverse process is known by coefficients."""
+    return type(rsde) is ReverseSDE and is_affine(rsde.forward)
 
 
 def _update(
@@ -124,7 +131,7 @@ class EulerMaruyamaPredictor(Predictor):
 
     def _step(self, x: Tensor, t: Tensor, dt: float) -> tuple[Tensor, Tensor]:
         at = _times(self, x, t)
-        if type(self.rsde) is ReverseSDE and is_affine(self.sde):
+        if _fused(self.rsde):
             f, out, q, g = self.rsde.sde_terms(x, t, at)
             return _update(self, x, out, 1.0 + f * dt, q * dt, g * math.sqrt(-dt))
         drift, diffusion = self.rsde.sde(x, t)
@@ -138,7 +145,7 @@ class ReverseDiffusionPredictor(Predictor):
 
     def update_fn(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         at = _times(self, x, t)
-        if type(self.rsde) is ReverseSDE and is_affine(self.sde):
+        if _fused(self.rsde):
             f, out, q, n = self.rsde.discrete_terms(x, t, at)
             return _update(self, x, out, 1.0 - f, -q, n)
         step, n = self.rsde.discretize(x, t)
@@ -163,7 +170,7 @@ class AncestralSamplingPredictor(Predictor):
 
     def __init__(self, sde: SDE, score_fn: ScoreFn, probability_flow: bool = False) -> None:
         super().__init__(sde, score_fn, probability_flow)
-        if not isinstance(sde, (sde_lib.VPSDE, sde_lib.VESDE)):
+        if not isinstance(recognised(sde), (sde_lib.VPSDE, sde_lib.VESDE)):
             raise NotImplementedError(
                 f"sde: ancestral sampling is known for VPSDE and VESDE, got {type(sde).__name__}."
             )
@@ -171,23 +178,34 @@ class AncestralSamplingPredictor(Predictor):
             raise AssertionError("probability_flow: ancestral sampling has no probability flow. Use reverse_diffusion.")
 
     def update_fn(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        is_ve = isinstance(recognised(self.sde), sde_lib.VESDE)
+        return self.vesde_update_fn(x, t) if is_ve else self.vpsde_update_fn(x, t)
+
+    def vpsde_update_fn(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`update_fn` for a VP SDE."""
         at = _times(self, x, t)
+        sde: Any = recognised(self.sde)
+        sde.require_discrete(at, strictly=True)
+        beta = sde.discrete_beta(at)
         out, k = score_terms(self.score_fn, x, t, at)
-        if isinstance(self.sde, sde_lib.VESDE):
-            sigma, below = self.sde.adjacent_sigmas(at)
-            gain = sigma**2 - below**2
-            return _update(self, x, out, 1.0, gain * k, sqrt(below**2 * gain / sigma**2))
-        assert isinstance(self.sde, sde_lib.VPSDE)
-        beta = self.sde.discrete_beta(at)
         p = 1.0 / sqrt(1.0 - beta)
         return _update(self, x, out, p, beta * p * k, sqrt(beta))
+
+    def vesde_update_fn(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`update_fn` for a VE SDE."""
+        at = _times(self, x, t)
+        sigma, below = recognised(self.sde).adjacent_sigmas(at)  # type: ignore[attr-defined]
+        out, k = score_terms(self.score_fn, x, t, at)
+        gain = sigma**2 - below**2
+        return _update(self, x, out, 1.0, gain * k, sqrt(below**2 * gain / sigma**2))
 
     def step_to(self, x: Tensor, t: float, earlier: float) -> tuple[Tensor, Tensor]:
         """The same for one step of the forward process from ``earlier`` to ``t``: ``alpha_i = (m_t / m_earlier)^2``,
         or ``sigma_i = s_t`` and ``sigma_{i-1} = s_earlier``."""
         a, b, out, k = _transition(self, x, t, earlier)
-        if isinstance(self.sde, sde_lib.VESDE):
-            sigma, below = self.sde.transition(0.0, t)[1], self.sde.transition(0.0, earlier)[1] if earlier > 0 else 0.0
+        sde = recognised(self.sde)
+        if isinstance(sde, sde_lib.VESDE):
+            sigma, below = sde.transition(0.0, t)[1], sde.transition(0.0, earlier)[1] if earlier > 0 else 0.0
             return _update(self, x, out, 1.0, b**2 * k, below * b / sigma)
         return _update(self, x, out, 1.0 / a, b**2 / a * k, b)
 
@@ -211,14 +229,13 @@ def _transition(predictor: Predictor, x: Tensor, t: float, earlier: float) -> tu
     require_transition(predictor)
     times = time_vector(t, x)
     at = _times(predictor, x, times)
-    return *predictor.sde.transition(earlier, t), *score_terms(predictor.score_fn, x, times, at)  # type: ignore[attr-defined]
+    sde: Any = recognised(predictor.sde)
+    return *sde.transition(earlier, t), *score_terms(predictor.score_fn, x, times, at)
 
 
 def require_transition(predictor: Any) -> None:
     """ValueError where a predictor would need the transition of an SDE that does not say what it is."""
-    if isinstance(predictor, (ReverseDiffusionPredictor, AncestralSamplingPredictor)) and not (
-        type(predictor.rsde) is ReverseSDE and is_affine(predictor.sde)
-    ):
+    if isinstance(predictor, (ReverseDiffusionPredictor, AncestralSamplingPredictor)) and not _fused(predictor.rsde):
         raise ValueError(
             f"grid: {type(predictor).__name__} expects an affine SDE whose marginal and reverse follow from its "
             f"coefficients, got {type(predictor.sde).__name__}. euler_maruyama takes any SDE."
@@ -241,6 +258,7 @@ class Corrector(abc.ABC):
     wants_mean = True
 
     def __init__(self, sde: SDE, score_fn: ScoreFn, snr: float, n_steps: int) -> None:
+        recognised(sde)
         self.sde, self.score_fn, self.snr, self.n_steps = sde, score_fn, snr, n_steps
 
     @abc.abstractmethod
@@ -249,7 +267,10 @@ class Corrector(abc.ABC):
 
     def _alpha(self, t: Any) -> Any:
         """The factor of the step size: alpha of the discrete VP process, else 1."""
-        return self.sde.discrete_alpha(t) if isinstance(self.sde, (sde_lib.VPSDE, sde_lib.subVPSDE)) else 1.0
+        sde = recognised(self.sde)
+        if isinstance(sde, sde_lib.UnknownSDE):
+            raise NotImplementedError(f"sde: this corrector has no step size for {type(self.sde).__name__}.")
+        return sde.discrete_alpha(t) if isinstance(sde, (sde_lib.VPSDE, sde_lib.subVPSDE)) else 1.0
 
 
 def _norm_ratio(squares: Tensor, other_squares: Tensor) -> Any:
@@ -285,7 +306,8 @@ class AnnealedLangevinDynamics(Corrector):
     def update_fn(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         at = _times(self, x, t)
         x_mean = x
-        std = self.sde.marginal_coefficients(at)[1] if is_affine(self.sde) else self.sde.marginal_prob(x, t)[1]
+        sde = recognised(self.sde)
+        std = sde.marginal_coefficients(at)[1] if is_affine(sde) else sde.marginal_prob(x, t)[1]
         step = 2.0 * self._alpha(at) * (self.snr * std) ** 2
         n = sqrt(2.0 * step)
         for _ in range(self.n_steps):

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from . import graphs, noise
+from . import graphs, noise, sde_lib
 from .checks import bad_rows, check_corrector, check_eps, check_shape, name_rows
 from .grids import Grid, calibrate_grid
 from .integrate import SolverError, time_vector
 from .models import utils as mutils
+from .models.utils import from_flattened_numpy, get_score_fn, score_function, to_flattened_numpy
 from .ode import InverseScaler, get_ode_sampler
 from .predictors import (
     AncestralSamplingPredictor,
@@ -36,7 +37,7 @@ from .predictors import (
     require_transition,
     takes_grid,
 )
-from .sde_lib import SDE, VESDE, VPSDE
+from .sde_lib import SDE, VESDE, VPSDE, fingerprint, recognised
 
 __all__ = [
     "AncestralSamplingPredictor",
@@ -50,15 +51,20 @@ __all__ = [
     "Predictor",
     "ReverseDiffusionPredictor",
     "calibrate_grid",
+    "from_flattened_numpy",
     "get_corrector",
     "get_ode_sampler",
     "get_pc_sampler",
     "get_predictor",
     "get_sampling_fn",
+    "get_score_fn",
+    "mutils",
     "register_corrector",
     "register_predictor",
+    "sde_lib",
     "shared_corrector_update_fn",
     "shared_predictor_update_fn",
+    "to_flattened_numpy",
 ]
 
 # ---- one step as a function ----
@@ -68,7 +74,7 @@ def shared_predictor_update_fn(
     x: Tensor, t: Tensor, sde: SDE, model: Any, predictor: type | None, probability_flow: bool, continuous: bool
 ) -> tuple[Tensor, Tensor]:
     """One predictor step of ``model``; None is the predictor that does nothing. Returns ``(x, x_mean)``."""
-    score_fn = mutils.get_score_fn(sde, model, train=False, continuous=continuous)
+    score_fn = score_function(sde, model, False, continuous, mutils)
     return (predictor or NonePredictor)(sde, score_fn, probability_flow).update_fn(x, t)
 
 
@@ -76,7 +82,7 @@ def shared_corrector_update_fn(
     x: Tensor, t: Tensor, sde: SDE, model: Any, corrector: type | None, continuous: bool, snr: float, n_steps: int
 ) -> tuple[Tensor, Tensor]:
     """The corrector steps of ``model``; None is the corrector that does nothing. Returns ``(x, x_mean)``."""
-    score_fn = mutils.get_score_fn(sde, model, train=False, continuous=continuous)
+    score_fn = score_function(sde, model, False, continuous, mutils)
     return (corrector or NoneCorrector)(sde, score_fn, snr, n_steps).update_fn(x, t)
 
 
@@ -125,7 +131,7 @@ class PCLoop:
         probability_flow: bool,
         continuous: bool,
     ) -> None:
-        score_fn = mutils.get_score_fn(sde, model, train=False, continuous=continuous)
+        score_fn = score_function(sde, model, False, continuous, mutils)
         self.sde = sde
         self.predictor = (predictor or NonePredictor)(sde, score_fn, probability_flow)
         self.corrector = (corrector or NoneCorrector)(sde, score_fn, snr, n_steps)
@@ -190,7 +196,7 @@ def check_grid(grid: Any, sde: SDE, predictor: type | None, eps: float, continuo
     if grid is None:
         return None
     times = falling_times(grid, sde.T, eps)
-    if not continuous and isinstance(sde, (VPSDE, VESDE)):
+    if not continuous and isinstance(recognised(sde), (VPSDE, VESDE)):
         raise ValueError(
             f"grid: expected continuous=True, got {continuous}. A network trained on the N times of the discrete "
             f"{type(sde).__name__} has no labels for others."
@@ -259,6 +265,7 @@ def get_pc_sampler(
         ValueError: an argument is wrong; before any evaluation.
         SolverError: a sample ended as NaN or Inf.
     """
+    recognised(sde)
     shape = check_shape(shape)
     check_eps(eps, sde.T)
     check_corrector(snr, n_steps)
@@ -310,7 +317,7 @@ class PcSampler:
         return len(self.times) if self.times else self.sde.N
 
     def _run(self, loop: PCLoop, model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-        plan = graphs.plan(self.asked, self.cache, model, x.device)
+        plan = graphs.plan(self.asked, self.cache, model, x.device, lambda: fingerprint(self.sde))
         streams, why = None, ""
         if graphs.backend_of(x.device) is not None:
             streams = noise.streams_in_force(x.device)

@@ -11,6 +11,8 @@ kernels. A subclass gives these numbers::
 
 ``t`` is a tensor of shape ``(B,)``, and so are the coefficients. (The classes of this module take Python floats as
 well.) Data have shape ``(B, *)``.
+
+A program may bring SDEs of its own copy of upstream's module: :func:`recognised` says how each is read.
 """
 
 from __future__ import annotations
@@ -18,8 +20,9 @@ from __future__ import annotations
 import abc
 import math
 import numbers
-from collections.abc import Callable, Sequence
-from typing import Any, TypeGuard, TypeVar
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, ClassVar, TypeGuard, TypeVar
 
 import numpy as np
 import torch
@@ -52,12 +55,16 @@ def sqrt(v: Time) -> Time:
     return v.sqrt() if isinstance(v, Tensor) else math.sqrt(v)
 
 
+def check_steps(N: Any) -> None:
+    if not isinstance(N, numbers.Integral) or N < 1:
+        raise ValueError(f"N: expected a positive whole number of steps, got {N!r}.")
+
+
 class SDE(abc.ABC):
     """An SDE ``dx = drift(x, t) dt + diffusion(t) dw`` on [0, T], discretised in ``N`` steps."""
 
     def __init__(self, N: int) -> None:
-        if not isinstance(N, numbers.Integral) or N < 1:
-            raise ValueError(f"N: expected a positive whole number of steps, got {N!r}.")
+        check_steps(N)
         self.N: int = N
 
     @property
@@ -101,12 +108,15 @@ class ReverseSDE(SDE):
     def __init__(
         self, forward: SDE, score_fn: Callable[[Tensor, Tensor], Tensor], probability_flow: bool = False
     ) -> None:
-        super().__init__(forward.N)
         self.forward, self.score_fn, self.probability_flow = forward, score_fn, probability_flow
 
     @property
     def T(self) -> float:
         return self.forward.T
+
+    @property
+    def N(self) -> int:  # type: ignore[override]
+        return self.forward.N
 
     def score_factor(self, g: Any) -> Any:
         """What the score is multiplied by in the drift: -g^2, or half of it along the probability flow."""
@@ -179,6 +189,10 @@ class AffineSDE(SDE):
     def T(self) -> float:
         return 1
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        self.__dict__.pop("_tables", None)  # what was kept may follow from this attribute
+
     @abc.abstractmethod
     def marginal_coefficients(self, t: Any) -> tuple[Any, Any]:
         """``m(t), s(t)``: p(x_t | x_0) = N(m x_0, s^2)."""
@@ -220,7 +234,7 @@ class AffineSDE(SDE):
         Raises:
             ValueError: the log-SNR does not fall as t grows.
         """
-        if type(self).__module__ == __name__:  # a subclass may have other coefficients
+        if takes_numbers(self):  # a subclass may have other coefficients
             t = self._time_at(log_snr)
             return t.clamp(0.0, self.T) if isinstance(t, Tensor) else min(max(t, 0.0), float(self.T))
         if isinstance(log_snr, Tensor):
@@ -303,7 +317,7 @@ class AffineSDE(SDE):
     def table(self, name: str, like: Tensor) -> Tensor:
         """The table of the discrete process that is the attribute ``name``, in the dtype of ``like`` and on its device:
         it is moved there once."""
-        table: Tensor = getattr(self, name)
+        table = self._checked_table(name)
         if table.device == like.device or traced():
             return table.to(like.device, like.dtype)
         kept = self.__dict__.setdefault("_tables", {})
@@ -314,9 +328,12 @@ class AffineSDE(SDE):
 
     def row(self, name: str, t: Any) -> Any:
         """The entries of a table of the discrete process at times ``t``: a number for a number."""
-        return (
-            self.table(name, t)[self._index(t)] if isinstance(t, Tensor) else getattr(self, name)[self._index(t)].item()
-        )
+        if isinstance(t, Tensor):
+            return self.table(name, t)[self._index(t)]
+        return self._checked_table(name)[self._index(t)].item()
+
+    def _checked_table(self, name: str) -> Tensor:
+        return getattr(self, name)
 
     def prior_sampling(self, shape: Sequence[int]) -> Tensor:
         return torch.randn(*shape)
@@ -329,7 +346,7 @@ def at_time(coefficients: Callable[[Any], tuple[Any, ...]], sde: AffineSDE, t: f
     """``coefficients(t)`` of one time for all samples, in double precision. The SDEs of this module compute with
     floats, which is an order of magnitude faster than with tensors of one element; a user's own class is handed a
     tensor."""
-    if type(sde).__module__ == __name__:
+    if takes_numbers(sde):
         return coefficients(t)
     return tuple(float(c) for c in coefficients(torch.tensor([t], dtype=torch.float64)))
 
@@ -354,21 +371,129 @@ def _normal_logp(z: Tensor, std: float) -> Tensor:
     return -n / 2.0 * math.log(2 * math.pi * std**2) - z.square().reshape(z.shape[0], n).sum(1) / (2 * std**2)
 
 
-class _DiscreteVP(AffineSDE):
+class _Tabulated(AffineSDE):
+    """An SDE with the tables of a discrete process. They follow from its parameters, also when one of these is set
+    later: ``sde.N = 100`` makes other tables.
+
+    The first table may be set too, to values of the user's own: the other tables then follow from it, and the
+    parameters cannot be changed any more. What would make the tables contradict each other is refused: another table
+    (ValueError), or writing into one (ValueError when it is next used).
+    """
+
+    PARAMETERS: ClassVar[tuple[str, ...]]
+    TABLES: ClassVar[tuple[str, ...]]  # the first one, and those that follow from it
+    _own_table = False
+
+    @abc.abstractmethod
+    def _first_table(self, *parameters: Any) -> Tensor:
+        """Of these values of ``PARAMETERS``; ValueError where one is wrong."""
+
+    def _tables_from(self, first: Tensor) -> tuple[Tensor, ...]:
+        """All ``TABLES``; ValueError where no process has this first one."""
+        return (first,)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        known = vars(self)
+        if name in self.TABLES and name in known:
+            self._set_table(name, value)
+            return
+        parameters = [value if n == name else getattr(self, n, None) for n in self.PARAMETERS]
+        follows = name in self.PARAMETERS and None not in parameters and not (name in known and known[name] == value)
+        if follows:
+            if self._own_table:
+                raise ValueError(
+                    f"{name}: {self.TABLES[0]} was set by hand and would not follow {name} = {value!r}. Make another "
+                    f"{type(self).__name__}."
+                )
+            with torch.inference_mode(False):  # tensors that count how often they are written to
+                tables = self._tables_from(self._first_table(*parameters))
+        super().__setattr__(name, value)
+        if follows:
+            known.update(zip(self.TABLES, tables, strict=True))
+
+    def _set_table(self, name: str, value: Tensor) -> None:
+        old = vars(self)[name]
+        if not isinstance(value, Tensor) or value.shape != old.shape or value.dtype != old.dtype:
+            got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"{name}: expected a tensor {old.dtype} {tuple(old.shape)}, got {got}.")
+        with torch.inference_mode(False):
+            value = value.detach().clone()
+            if torch.allclose(
+                value.cpu(), old.cpu(), rtol=1e-5, atol=0.0, equal_nan=True
+            ):  # on another device, perhaps
+                super().__setattr__(name, value)
+            elif name == self.TABLES[0]:
+                tables = self._tables_from(value)
+                super().__setattr__("_own_table", True)
+                vars(self).update(zip(self.TABLES, tables, strict=True))
+            else:
+                raise ValueError(
+                    f"{name}: follows from {self.TABLES[0]}, and the values given do not. Set {self.TABLES[0]} first."
+                )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # What was unpickled counts as written to.
+        vars(self).update(state | {name: state[name].clone() for name in self.TABLES})
+
+    def _checked_table(self, name: str) -> Tensor:
+        table: Tensor = getattr(self, name)
+        if not torch.compiler.is_compiling() and table._version:
+            raise ValueError(
+                f"{name}: was written to, which the rest of {type(self).__name__} would not follow. Set "
+                f"{self.TABLES[0]} to another tensor."
+            )
+        return table
+
+
+class _DiscreteVP(_Tabulated):
     """The discrete noise scale that VP and sub-VP share (Ho et al. 2020)."""
+
+    PARAMETERS = ("beta_0", "beta_1", "N")
+    TABLES = ("discrete_betas", "alphas", "alphas_cumprod", "sqrt_alphas_cumprod", "sqrt_1m_alphas_cumprod")
+
+    beta_0: float
+    beta_1: float
+    discrete_betas: Tensor
+    alphas: Tensor
+    alphas_cumprod: Tensor
+    sqrt_alphas_cumprod: Tensor
+    sqrt_1m_alphas_cumprod: Tensor
 
     def __init__(self, beta_min: float = 0.1, beta_max: float = 20, N: int = 1000) -> None:
         super().__init__(N)
+        self.beta_0, self.beta_1 = beta_min, beta_max
+
+    def _first_table(self, beta_min: float, beta_max: float, N: int) -> Tensor:
+        check_steps(N)
         if not 0 < beta_min <= beta_max < math.inf:
             raise ValueError(
                 f"beta_min, beta_max: expected 0 < beta_min <= beta_max < inf, got {beta_min} and {beta_max}."
             )
-        self.beta_0, self.beta_1 = beta_min, beta_max
-        self.discrete_betas = torch.linspace(beta_min / N, beta_max / N, N)
-        self.alphas = 1.0 - self.discrete_betas
-        self.alphas_cumprod = torch.cumprod(self.alphas, dim=0)
-        self.sqrt_alphas_cumprod = torch.sqrt(self.alphas_cumprod)
-        self.sqrt_1m_alphas_cumprod = torch.sqrt(1.0 - self.alphas_cumprod)
+        return torch.linspace(beta_min / N, beta_max / N, N)
+
+    def _tables_from(self, first: Tensor) -> tuple[Tensor, ...]:
+        alphas = 1.0 - first
+        products = torch.cumprod(alphas, dim=0)
+        return first, alphas, products, torch.sqrt(products), torch.sqrt(1.0 - products)
+
+    def require_discrete(self, t: Any = None, strictly: bool = False) -> None:
+        """ValueError where the discrete process does not exist at times ``t`` (None: at one of its N times), because
+        N is too small for beta_max: no beta_i may be above 1, nor, ``strictly``, 1."""
+        if self.beta_1 < self.N and not self._own_table:
+            return
+        betas = torch.as_tensor(
+            self._checked_table("discrete_betas") if t is None else super().row("discrete_betas", t)
+        )
+        if bool((betas >= 1 if strictly else betas > 1).any()):
+            raise ValueError(
+                f"N: the discrete process of {type(self).__name__} expects N > beta_max, so that every beta_i, "
+                f"at most beta_max / N, is below 1, got N = {self.N} and beta_max = {self.beta_1}. Raise N, or use "
+                "what is continuous: euler_maruyama without corrector, or an ODE sampler."
+            )
+
+    def row(self, name: str, t: Any) -> Any:
+        self.require_discrete(t)
+        return super().row(name, t)
 
     def discrete_beta(self, t: Any) -> Any:
         """beta of the discrete process at times ``t``."""
@@ -397,7 +522,10 @@ class VPSDE(_DiscreteVP):
 
     Args:
         beta_min, beta_max: beta(0) and beta(1).
-        N: discretisation steps; above beta_max where the discrete process is used.
+        N: discretisation steps; above beta_max where the discrete process is used (ValueError there).
+
+    The parameters are the attributes ``beta_0 beta_1 N``, and may be set later: all that follows from them, the tables
+    included, follows.
 
     Raises:
         ValueError: not 0 < beta_min <= beta_max < inf, or N not a positive whole number.
@@ -437,7 +565,7 @@ class subVPSDE(_DiscreteVP):
         return -0.5 * beta, sqrt(-beta * expm1(4.0 * self.log_mean(t)))
 
 
-class VESDE(AffineSDE):
+class VESDE(_Tabulated):
     """Variance exploding: dx = sigma(t) sqrt(2 log(sigma_max / sigma_min)) dw, sigma(t) geometric (Song et al. 2021,
     eq. 9; with this sigma eq. 30, its transition kernel eq. 31). The prior is N(0, sigma_max^2).
 
@@ -449,14 +577,24 @@ class VESDE(AffineSDE):
         ValueError: not 0 < sigma_min <= sigma_max < inf, or N not a positive whole number.
     """
 
+    PARAMETERS = ("sigma_min", "sigma_max", "N")
+    TABLES = ("discrete_sigmas",)
+
+    sigma_min: float
+    sigma_max: float
+    discrete_sigmas: Tensor
+
     def __init__(self, sigma_min: float = 0.01, sigma_max: float = 50, N: int = 1000) -> None:
         super().__init__(N)
+        self.sigma_min, self.sigma_max = sigma_min, sigma_max
+
+    def _first_table(self, sigma_min: float, sigma_max: float, N: int) -> Tensor:
+        check_steps(N)
         if not 0 < sigma_min <= sigma_max < math.inf:
             raise ValueError(
                 f"sigma_min, sigma_max: expected 0 < sigma_min <= sigma_max < inf, got {sigma_min} and {sigma_max}."
             )
-        self.sigma_min, self.sigma_max = sigma_min, sigma_max
-        self.discrete_sigmas = torch.exp(torch.linspace(math.log(sigma_min), math.log(sigma_max), N))
+        return torch.exp(torch.linspace(math.log(sigma_min), math.log(sigma_max), N))
 
     def sigma(self, t: Time) -> Time:
         return self.sigma_min * (self.sigma_max / self.sigma_min) ** t
@@ -483,7 +621,8 @@ class VESDE(AffineSDE):
         """The discrete sigma at times ``t`` and the next smaller one, 0 below the first."""
         index = self._index(t)
         if not isinstance(t, Tensor):
-            sigma, below = (self.discrete_sigmas[i].item() for i in (index, max(index - 1, 0)))
+            sigmas = self._checked_table("discrete_sigmas")
+            sigma, below = (sigmas[i].item() for i in (index, max(index - 1, 0)))
             return sigma, below if index > 0 else 0.0
         sigmas = self.table("discrete_sigmas", t)
         return sigmas[index], torch.where(index == 0, torch.zeros_like(t), sigmas[(index - 1).clamp(min=0)])
@@ -495,11 +634,17 @@ class VESDE(AffineSDE):
         return _normal_logp(z, self.sigma_max)
 
 
-_PROCESSES = {
+_PROCESSES: dict[type, tuple[str, str, str]] = {
     VPSDE: ("vp", "beta_0", "beta_1"),
     subVPSDE: ("subvp", "beta_0", "beta_1"),
     VESDE: ("ve", "sigma_min", "sigma_max"),
 }
+
+
+def takes_numbers(sde: Any) -> bool:
+    """Whether coefficients may be asked for at a Python float: of the classes of this module, not of their
+    subclasses."""
+    return type(sde) in _PROCESSES
 
 
 def perturbation(sde: AffineSDE, u: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -511,3 +656,237 @@ def perturbation(sde: AffineSDE, u: Tensor, eps: float) -> tuple[Tensor, Tensor,
         return t, *sde.marginal_coefficients(t)
     process, *names = known
     return ops.marginal(u, eps, sde.T, process, *(getattr(sde, name) for name in names))
+
+
+# ---- SDEs of the program's own ----
+
+_METHODS = ("sde", "marginal_prob", "discretize", "reverse", "prior_sampling", "prior_logp")
+
+
+class _Foreign:
+    """An SDE of the program's own, read as ours of the same name. Its attributes are its own, whenever they are looked
+    up: what is changed there later counts here."""
+
+    foreign: Any
+
+    def __init__(self, foreign: Any) -> None:
+        vars(self)["foreign"] = foreign
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(vars(self).get("foreign"), name)
+        return value.item() if isinstance(value, (Tensor, np.generic)) and value.ndim == 0 else value
+
+    @property
+    def T(self) -> float:
+        return self.foreign.T
+
+    def _checked_table(self, name: str) -> Tensor:
+        if not hasattr(self.foreign, name):  # upstream's subVPSDE has none
+            return self._missing_table(name)
+        table = getattr(self, name)
+        if len(table) != self.N:
+            raise ValueError(
+                f"sde: expected {name} of N = {self.N} values, got {len(table)}. The N of a {type(self).__name__} of "
+                "your own was changed after its tables were made: make another one."
+            )
+        return table
+
+    def _missing_table(self, name: str) -> Tensor:
+        ours: Any = _OURS[type(self).__name__](*(getattr(self, p) for p in self.PARAMETERS))
+        return getattr(ours, name)
+
+
+class _ByMethods(_Foreign):
+    """One whose methods are called."""
+
+    TABLES: tuple[str, ...] = ()
+
+    def sde(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        return self._like(x, "sde", self.foreign.sde(x, t))
+
+    def marginal_prob(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        return self._like(x, "marginal_prob", self.foreign.marginal_prob(x, t))
+
+    def discretize(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        self._check_tables()
+        return self._like(x, "discretize", self.foreign.discretize(x, t))
+
+    def reverse(self, score_fn: Callable[[Tensor, Tensor], Tensor], probability_flow: bool = False) -> Any:
+        return _ReverseByMethods(self, self.foreign.reverse(score_fn, probability_flow))
+
+    def _missing_table(self, name: str) -> Tensor:
+        raise ValueError(f"sde: expected a {type(self).__name__} with a table {name}, which this step needs, got none.")
+
+    def _like(self, x: Tensor, method: str, pair: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
+        array, number = pair
+        if array.shape != x.shape or (isinstance(number, Tensor) and number.shape != x.shape[:1]):
+            raise ValueError(
+                f"sde: expected {type(self.foreign).__name__}.{method} to return an array like x, {tuple(x.shape)}, "
+                f"and one number a sample, got {tuple(array.shape)} and {tuple(getattr(number, 'shape', ()))}. "
+                "Is it written for images (B, C, H, W) alone?"
+            )
+        return array, number
+
+    def _check_tables(self) -> None:
+        if self.TABLES and hasattr(self.foreign, self.TABLES[0]):
+            self._checked_table(self.TABLES[0])
+
+    def prior_sampling(self, shape: Sequence[int]) -> Tensor:
+        return self.foreign.prior_sampling(shape)
+
+    def prior_logp(self, z: Tensor) -> Tensor:
+        return self.foreign.prior_logp(z)
+
+
+class _ReverseByMethods:
+    """The reverse of such an SDE."""
+
+    def __init__(self, forward: _ByMethods, rsde: Any) -> None:
+        self.forward, self.rsde = forward, rsde
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self).get("rsde"), name)
+
+    def sde(self, x: Tensor, t: Tensor) -> tuple[Tensor, Any]:
+        return self.forward._like(x, "reverse().sde", self.rsde.sde(x, t))
+
+    def discretize(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        self.forward._check_tables()
+        return self.forward._like(x, "reverse().discretize", self.rsde.discretize(x, t))
+
+
+class UnknownSDE(_ByMethods, SDE):
+    """An SDE that nothing is known of but its methods. The program's own ``get_score_fn`` says what a network of it
+    returns."""
+
+
+_OURS: dict[str, type[_Tabulated]] = {cls.__name__: cls for cls in (VPSDE, subVPSDE, VESDE)}
+# Named as the class they are read as: in messages, and in what is saved.
+_SAME: dict[str, type] = {name: type(name, (_Foreign, cls), {}) for name, cls in _OURS.items()}
+_OTHER: dict[str, type] = {name: type(name, (_ByMethods, cls), {"TABLES": cls.TABLES}) for name, cls in _OURS.items()}
+_PROCESSES |= {_SAME[name]: _PROCESSES[cls] for name, cls in _OURS.items()}
+
+
+def recognised(sde: Any) -> SDE:
+    """How this package reads an SDE; called where one comes in, and again where it is used.
+
+    * An SDE of ours is what it is, and so is one derived from our :class:`SDE`: a network of it returns the score at
+      label t (see :func:`scoresde_ext.models.utils.get_score_fn`), unless it derives from VPSDE, subVPSDE or VESDE.
+    * One whose class, or a class that it derives from, is named VPSDE, subVPSDE or VESDE and has upstream's attributes
+      is read as ours of this name, wherever the class is from. If all its methods compute the same, the kernels do;
+      else its methods are called.
+    * Of any other with upstream's methods, these are called, if the program has a ``models.utils.get_score_fn`` of its
+      own: that one says what a network of it returns.
+
+    Raises:
+        NotImplementedError: anything else. What a network of it returns would be a guess.
+    """
+    if type(sde) in _PROCESSES or isinstance(sde, (VPSDE, subVPSDE, VESDE)):
+        return sde
+    if (kept := _seen.get(id(sde))) and kept[0].is_that_of(sde):
+        return kept[1]
+    cls = type(sde)
+    if cls not in _names:
+        _names[cls] = next((base.__name__ for base in cls.__mro__ if base.__name__ in _OURS), None)
+    name = _names[cls]
+    lacking = [a for a in (*_OURS[name].PARAMETERS, "T", *_METHODS) if not hasattr(sde, a)] if name else []
+    if name and not lacking:
+        return _read_as(name, sde)
+    if isinstance(sde, SDE):
+        return sde
+    if name is None and all(hasattr(sde, a) for a in ("N", "T", *_METHODS)):
+        from .models.utils import own_function  # which imports this module
+
+        if own_function("get_score_fn"):
+            return UnknownSDE(sde)
+    got = f"{type(sde).__name__} without {', '.join(lacking)}" if lacking else type(sde).__name__
+    raise NotImplementedError(
+        f"sde: expected VPSDE, subVPSDE or VESDE, of scoresde_ext or with upstream's attributes, or a class derived "
+        f"from scoresde_ext.sde_lib.SDE, got {got}."
+    )
+
+
+def _read_as(name: str, foreign: Any) -> SDE:
+    """Kept until an attribute changes."""
+    state, sde = _State(foreign), _SAME[name](foreign)
+    if not _computes_the_same(foreign, sde):
+        sde = _OTHER[name](foreign)
+    _seen[id(foreign)] = state, sde
+    if len(_seen) > 16:
+        _seen.popitem(last=False)
+    return sde
+
+
+class _State:
+    """An SDE's class and attributes at one time. They are kept alive, so that an identity is that of one object."""
+
+    def __init__(self, sde: Any) -> None:
+        self.sde, self.cls, self.attributes = sde, type(sde), dict(getattr(sde, "__dict__", {}))
+        tensors = (v for v in self.attributes.values() if isinstance(v, Tensor) and not v.is_inference())
+        self.written = [(v, v._version) for v in tensors]
+
+    def is_that_of(self, sde: Any) -> bool:
+        now = getattr(sde, "__dict__", {})
+        return (
+            self.sde is sde
+            and self.cls is type(sde)
+            and len(now) == len(self.attributes)
+            and all(now.get(name) is value for name, value in self.attributes.items())
+            and all(tensor._version == version for tensor, version in self.written)
+        )
+
+
+_seen: OrderedDict[int, tuple[_State, SDE]] = OrderedDict()  # the latest few, by id
+_names: dict[type, str | None] = {}  # of ours, that a class is called by
+
+
+def fingerprint(sde: Any) -> Hashable:
+    """The SDE's class and attributes, as a key: tensors and other objects by their identity."""
+
+    def mark(value: Any) -> Hashable:
+        if isinstance(value, Tensor):
+            return id(value), 0 if value.is_inference() else value._version
+        return value if isinstance(value, (bool, int, float, str, type(None))) else id(value)
+
+    return type(sde), *((name, mark(value)) for name, value in vars(sde).items())
+
+
+def _computes_the_same(foreign: Any, ours: SDE) -> bool:
+    """Whether two SDEs are the same process: at 64 times, in double precision, where upstream's formulas are exact.
+    Discrete steps are compared to what float32 tables leave of them."""
+    random = torch.get_rng_state()
+
+    def values(sde: Any) -> list[tuple[float, Any]]:
+        x = torch.linspace(-2.0, 2.0, 256, dtype=torch.float64, device="cpu").reshape(64, 1, 2, 2)
+        early, late = (torch.logspace(-5.0, -1.0, 32), torch.linspace(0.1, 1.0, 32))
+        t = torch.cat([early, late]).to("cpu", torch.float64) * float(sde.T)
+        # Too few steps: the last of them do not exist.
+        steps = t[AffineSDE.row(ours, "discrete_betas", t) <= 1] if isinstance(ours, VPSDE) else t
+        found = [(1e-5, sde.T), (1e-5, sde.sde(x, t)), (1e-5, sde.marginal_prob(x, t)), (1e-5, sde.prior_logp(x))]
+        found += [(1e-3, sde.discretize(x[: len(steps)], steps))]
+        for flow in (False, True):
+            rsde = sde.reverse(lambda x, t: torch.sin(x) * rows(1.0 + t, x), flow)
+            found += [(1e-5, rsde.sde(x, t)), (1e-3, rsde.discretize(x[: len(steps)], steps))]
+        torch.default_generator.manual_seed(0)
+        return [*found, (1e-5, sde.prior_sampling((2, 3, 4, 4)))]
+
+    try:
+        # Neither the program's devices and sources of noise, nor its gradients.
+        with torch.no_grad(), torch._C.DisableTorchFunction():
+            pairs = list(zip(values(foreign), values(ours), strict=True))
+        return all(_close(a, b, tolerance) for (tolerance, a), (_, b) in pairs)
+    except Exception:  # whatever the program's methods do not like about these arrays, they are its own
+        return False
+    finally:
+        torch.set_rng_state(random)
+
+
+def _close(a: Any, b: Any, tolerance: float) -> bool:
+    if isinstance(a, tuple):
+        return (
+            isinstance(b, tuple)
+            and len(a) == len(b)
+            and all(_close(*pair, tolerance) for pair in zip(a, b, strict=True))
+        )
+    a, b = torch.as_tensor(a).double(), torch.as_tensor(b).double()
+    return a.shape == b.shape and torch.allclose(a, b, rtol=tolerance, atol=2e-3 * tolerance)

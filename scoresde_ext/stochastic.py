@@ -33,11 +33,11 @@ from .flow import ProbabilityFlow
 from .integrate import Solution, SolverError, Status, Stream
 from .integrate.run import Run, column, padded
 from .integrate.runge_kutta import nan_alone
-from .models import utils as mutils
+from .models.utils import score_function
 from .ode import InverseScaler
 from .reference import Draw
 from .sampling import falling_times
-from .sde_lib import SDE, AffineSDE, is_affine
+from .sde_lib import SDE, AffineSDE, is_affine, recognised
 
 FIXED = ("dpmpp_2m_sde", "unipc_sde")
 METHODS = (*FIXED, "adaptive")
@@ -103,6 +103,7 @@ def get_sde_sampler(
         ValueError: an argument is wrong; before any evaluation.
         SolverError: samples could not be finished; ``.solution`` has the others, NaN where one failed.
     """
+    process = recognised(sde)
     shape = check_shape(shape)
     check_eps(eps, sde.T)
     check_tolerances(rtol, atol)
@@ -116,12 +117,13 @@ def get_sde_sampler(
             raise ValueError(f"{name}: expected one of {', '.join(map(str, choices))}, got {value!r}.")
     if not isinstance(max_steps, int) or max_steps < 1:
         raise ValueError(f"max_steps: expected a number of steps from 1 on, got {max_steps!r}.")
-    if not is_affine(sde):
+    if not is_affine(process):
         raise ValueError(f"sde: expected an AffineSDE, which says what its transitions are, got {type(sde).__name__}.")
-    times = _times(sde, eps, method, steps, grid)
+    _times(process, eps, method, steps, grid)  # wrong ones are refused now
 
     def make_run(flow: ProbabilityFlow, x: Tensor) -> Run:
         problem = ((float(sde.T), float(eps)), (x,), False, max_steps, None, progress)
+        times = _times(flow.sde, eps, method, steps, grid)  # type: ignore[arg-type]
         if times is None:
             check_tolerances(rtol, atol, x)
             return Adaptive(order, rtol, atol, denoise, flow, *problem)
@@ -152,7 +154,7 @@ class SdeSampler:
 
     def __init__(
         self,
-        sde: AffineSDE,
+        sde: SDE,
         shape: tuple[int, ...],
         inverse_scaler: InverseScaler,
         make_run: Callable[[ProbabilityFlow, Tensor], Run],
@@ -169,7 +171,7 @@ class SdeSampler:
 
     def solve(self, model: Any, z: Tensor | None = None) -> Solution:
         """The samples with what they took."""
-        flow = ProbabilityFlow(self.sde, mutils.get_score_fn(self.sde, model, train=False, continuous=True))
+        flow = ProbabilityFlow(self.sde, score_function(self.sde, model, False, True))
         flow.require_affine("get_sde_sampler")
         if z is not None:
             check_latent(z, self.shape, self.device)
@@ -187,7 +189,7 @@ class SdeSampler:
         """The samples of ``adaptive`` one by one, ``slots`` at a time, as :meth:`solve` would give them under
         ``seeds``; the slot of a finished sample goes to the next. One that fails is NaN and has its status; nothing is
         raised for it. See :func:`scoresde_ext.integrate.stream`."""
-        flow = ProbabilityFlow(self.sde, mutils.get_score_fn(self.sde, model, train=False, continuous=True))
+        flow = ProbabilityFlow(self.sde, score_function(self.sde, model, False, True))
         flow.require_affine("get_sde_sampler")
 
         def begin(first: int, stop: int) -> tuple[Run, None]:

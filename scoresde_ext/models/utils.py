@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,14 +37,27 @@ def register_in(registry: dict[str, type], kind: str, cls: type | None, name: st
     return register if cls is None else register(cls)
 
 
+def look_up(registry: dict[str, type], kind: str, name: str) -> type:
+    """The class registered under ``name``; KeyError that lists the names if there is none."""
+    try:
+        return registry[name]
+    except KeyError:
+        names = ", ".join(sorted(registry)) or "none"
+        raise KeyError(
+            f"name: expected a registered {kind} ({names}), got {name!r}. Import the module that registers it first."
+        ) from None
+
+
 def register_model(cls: type | None = None, *, name: str | None = None) -> Any:
     """Class decorator: registers a network under ``name`` or its class name; ValueError where the name is taken."""
     return register_in(_MODELS, "model", cls, name)
 
 
 def get_model(name: str) -> type:
-    """The network registered under ``name``; KeyError if there is none."""
-    return _MODELS[name]
+    """The network registered under ``name``, here or in the program's own ``models.utils``, where the networks of
+    upstream's ``models`` register themselves; KeyError if there is none."""
+    theirs = getattr(sys.modules.get("models.utils"), "_MODELS", {})
+    return look_up({**theirs, **_MODELS}, "model", name)
 
 
 def get_sigmas(config: Any) -> np.ndarray:
@@ -126,7 +141,8 @@ class CheckedNetwork:
 
 
 class ScoreFunction:
-    """``score(x, t) = k(t) out`` with ``out = network(x, labels(t))``; ``labels`` may be a number, for ``labels * t``.
+    """``score(x, t) = k(t) out`` with ``out = network(x, labels(t))``; ``labels`` is a function of t, or a function
+    without arguments whose value they are proportional to, if ``proportional``.
 
     Called, it returns the score, shape ``(B, *)``, at states ``x`` and times ``t`` ``(B,)``. :meth:`terms` leaves the
     product to the kernels. ValueError for times and states as in ``marginal_prob``, and for an output of another shape.
@@ -136,31 +152,39 @@ class ScoreFunction:
         self,
         sde: sde_lib.SDE,
         network: Network,
-        labels: Callable[[Tensor], Tensor] | float,
+        labels: Callable[..., Any],
         coefficient: Callable[[Any], Any],
         predicts_noise: bool = False,
+        proportional: bool = False,
     ) -> None:
         self.sde, self.network, self.coefficient = sde, network, coefficient
-        self.labels = labels if callable(labels) else lambda t: t * labels
-        self.scale = None if callable(labels) else float(labels)
+        self.labels: Callable[[Tensor], Tensor] = (lambda t: t * labels()) if proportional else labels
+        self._factor = labels if proportional else None
         self.predicts_noise = predicts_noise  # score = -out / std(t)
+
+    @property
+    def scale(self) -> float | None:
+        """The number of which labels are ``scale t``; None where they are something else. (It is looked up when it is
+        needed: it may follow from the SDE's N.)"""
+        return None if self._factor is None else float(self._factor())
 
     def label(self, t: float, like: Tensor) -> Tensor:
         """The labels of a batch ``like`` that has one time."""
-        if self.scale is None or not like.is_cpu or traced():
+        scale = self.scale
+        if scale is None or not like.is_cpu or traced():
             return self.labels(time_vector(t, like))
-        return self._scaled(t, len(like), like.dtype == torch.float64)
+        return self._scaled(scale, t, len(like), like.dtype == torch.float64)
 
-    def _scaled(self, t: float, n: int, is_double: bool) -> Tensor:
+    @staticmethod
+    def _scaled(scale: float, t: float, n: int, is_double: bool) -> Tensor:
         """Labels of n samples on the CPU. The same numbers as a product of tensors, which takes longer than all else
         that a small batch needs between two evaluations: one of float32 numbers in double precision is rounded once."""
-        assert self.scale is not None
-        return host.filled(n, (t if is_double else float(np.float32(t))) * self.scale, is_double)
+        return host.filled(n, (t if is_double else float(np.float32(t))) * scale, is_double)
 
     def terms(self, x: Tensor, t: Tensor, at: Any) -> tuple[Tensor, Any]:
         """``(out, k)``; k at the time ``at``, ``t`` itself or the number that all of it is, on the CPU."""
-        one = self.scale is not None and not isinstance(at, Tensor)
-        labels = self._scaled(at, len(t), t.dtype == torch.float64) if one else self.labels(t)
+        scale = None if isinstance(at, Tensor) else self.scale
+        labels = self.labels(t) if scale is None else self._scaled(scale, at, len(t), t.dtype == torch.float64)
         return self.network(x, labels), self.coefficient(at)
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
@@ -177,34 +201,51 @@ def get_score_fn(sde: sde_lib.SDE, model: Network, train: bool = False, continuo
     sigma down, and score = out. For a user's own SDE the network is taken to return the score at label t.
 
     Args:
-        sde: VPSDE, subVPSDE, VESDE or the user's own.
+        sde: VPSDE, subVPSDE, VESDE, also of the program's own, or a class derived from our SDE; see
+            :func:`scoresde_ext.sde_lib.recognised`.
         model: a module or function ``model(x, labels)``.
         train: mode of the network.
         continuous: whether the network was trained on continuous times.
+
+    Raises:
+        NotImplementedError: another SDE.
     """
     return make_score_fn(sde, get_model_fn(model, train), continuous)
 
 
 def make_score_fn(sde: sde_lib.SDE, network: Callable[[Tensor, Tensor], Tensor], continuous: bool) -> ScoreFunction:
     """:func:`get_score_fn` for a network that is in its mode already."""
-    if isinstance(sde, (sde_lib.VPSDE, sde_lib.subVPSDE)):
-        if continuous or isinstance(sde, sde_lib.subVPSDE):
-            std = _marginal_std(sde)
-            return ScoreFunction(sde, network, 999, lambda t: -1.0 / std(t), True)
-
-        return ScoreFunction(sde, network, sde.N - 1, lambda t: -1.0 / sde.row("sqrt_1m_alphas_cumprod", t))
-    if isinstance(sde, sde_lib.VESDE):
+    process: Any = sde_lib.recognised(sde)
+    if isinstance(process, sde_lib.UnknownSDE):
+        raise NotImplementedError(
+            f"sde: what a network of {type(process.foreign).__name__} returns is not known here. Only the program's "
+            "own get_score_fn says it."
+        )
+    if isinstance(process, (sde_lib.VPSDE, sde_lib.subVPSDE)):
+        if continuous or isinstance(process, sde_lib.subVPSDE):
+            std = _marginal_std(process)
+            return ScoreFunction(process, network, lambda: 999, lambda t: -1.0 / std(t), True, proportional=True)
+        return ScoreFunction(
+            process,
+            network,
+            lambda: process.N - 1,
+            lambda t: -1.0 / process.row("sqrt_1m_alphas_cumprod", t),
+            proportional=True,
+        )
+    if isinstance(process, sde_lib.VESDE):
         if continuous:
-            return ScoreFunction(sde, network, _marginal_std(sde), lambda t: 1.0)
-        return ScoreFunction(sde, network, lambda t: torch.round((sde.T - t) * (sde.N - 1)).long(), lambda t: 1.0)
-    return ScoreFunction(sde, network, lambda t: t, lambda t: 1.0)
+            return ScoreFunction(process, network, _marginal_std(process), lambda t: 1.0)
+        return ScoreFunction(
+            process, network, lambda t: torch.round((process.T - t) * (process.N - 1)).long(), lambda t: 1.0
+        )
+    return ScoreFunction(process, network, lambda t: t, lambda t: 1.0)
 
 
 def _marginal_std(sde: sde_lib.AffineSDE) -> Callable[[Any], Any]:
     """std(t) as a function, also where a subclass gives it by ``marginal_prob`` alone."""
     if sde_lib.is_affine(sde):
         return lambda t: sde.marginal_coefficients(t)[1]
-    return lambda t: sde.marginal_prob(torch.zeros_like(t), t)[1]
+    return lambda t: sde.marginal_prob(t.new_zeros(len(t), 1, 1, 1), t)[1]
 
 
 def to_flattened_numpy(x: Tensor) -> np.ndarray:
@@ -216,3 +257,178 @@ def from_flattened_numpy(x: np.ndarray, shape: Sequence[int]) -> Tensor:
     """The inverse of :func:`to_flattened_numpy`."""
     assert math.prod(shape) == x.size
     return torch.from_numpy(x.reshape(tuple(shape)))
+
+
+# ---- the program's own functions of these names ----
+
+_OURS = {"get_score_fn": get_score_fn, "get_model_fn": get_model_fn}
+
+
+def own_function(name: str, *places: Any) -> Callable[..., Any] | None:
+    """The program's own ``get_score_fn`` or ``get_model_fn``: what was put in the place of ours, in this module or
+    where ``places`` find it, or that of a module ``models.utils`` which is not this one. None: the program has none."""
+    for place in (*places, sys.modules[__name__], sys.modules.get("models.utils")):
+        found = getattr(place, name, None)
+        if found is not None and found is not _OURS[name]:
+            return found
+    return None
+
+
+def score_function(
+    sde: Any,
+    model: Network,
+    train: bool,
+    continuous: bool,
+    *places: Any,
+    switch: Callable[[Network, bool], None] = set_mode,
+) -> ScoreFunction:
+    """What samplers, losses and likelihoods use: the score function of the program's own ``get_score_fn`` (see
+    :func:`own_function`), called as it is; ours, which leaves products to the kernels, where there is none or it
+    computes the same. ``switch`` sets the mode."""
+    theirs = own_function("get_score_fn", *places)
+    if theirs is None:
+        return make_score_fn(sde, model_function(model, train, *places, switch=switch), continuous)
+    if _same_score(theirs, sde, continuous):
+        switch(model, train)
+        return make_score_fn(sde, CheckedNetwork(model), continuous)
+    score = theirs(_as_they_know_it(theirs, sde), model, train=train, continuous=continuous)
+    return ScoreFunction(sde_lib.recognised(sde), _InPlaceOf(model, score), lambda t: t, lambda t: 1.0)
+
+
+def model_function(
+    model: Network, train: bool, *places: Any, switch: Callable[[Network, bool], None] = set_mode
+) -> Network:
+    """The same for ``get_model_fn``."""
+    theirs = own_function("get_model_fn", *places)
+    if theirs is None or _same_output(theirs):
+        switch(model, train)
+        return CheckedNetwork(model)
+    return _InPlaceOf(model, theirs(model, train=train))
+
+
+class _InPlaceOf(CheckedNetwork):
+    """What the program made of a network: checked, and given arrays in the network's dtype, as the network is."""
+
+    def __init__(self, model: Network, made: Network) -> None:
+        super().__init__(model)
+        self.model = made
+
+
+class _Passing:
+    """An SDE of ours that ``isinstance`` takes for the program's own class of its name."""
+
+    def __init__(self, sde: Any, cls: type) -> None:
+        self._sde, self._cls = sde, cls
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return self._cls
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self).get("_sde"), name)
+
+
+def _as_they_know_it(theirs: Any, sde: Any) -> Any:
+    """The SDE as the program's own function, which tells SDEs apart by the classes of the program's own ``sde_lib``,
+    has to be given it."""
+    scope = getattr(inspect.unwrap(theirs), "__globals__", {})
+    for ours in (sde_lib.VPSDE, sde_lib.subVPSDE, sde_lib.VESDE):
+        if isinstance(sde, ours):
+            cls = getattr(scope.get("sde_lib"), ours.__name__, scope.get(ours.__name__))
+            return _Passing(sde, cls) if isinstance(cls, type) and not isinstance(sde, cls) else sde
+    return sde
+
+
+_answers: dict[Hashable, bool] = {}
+
+
+def _once(key: Hashable, question: Callable[[], bool]) -> bool:
+    if key not in _answers:
+        if len(_answers) >= 256:
+            _answers.clear()
+        random = torch.get_rng_state()
+        try:
+            # Apart from the program's gradients and sources of noise. What draws noise is not the same as ours.
+            with torch.no_grad(), torch._C.DisableTorchFunction():
+                answer = question()
+            _answers[key] = answer and torch.equal(torch.get_rng_state(), random)
+        finally:
+            torch.set_rng_state(random)
+    return _answers[key]
+
+
+@torch.compiler.assume_constant_result
+def _same_score(theirs: Any, sde: Any, continuous: bool) -> bool:
+    """Whether the program's own ``get_score_fn`` gives a network the same inputs as ours, in the same mode, and makes
+    the same score of its output."""
+
+    def answer() -> bool:
+        process, given = sde_lib.recognised(sde), _as_they_know_it(theirs, sde)
+        if isinstance(process, sde_lib.UnknownSDE):
+            return False
+        x, t = _trial_states(), torch.logspace(-5.0, 0.0, 16, dtype=torch.float64, device="cpu") * process.T
+        try:
+            for train in (False, True):
+                wanted, found = _Recorder(), _Recorder()
+                ours = make_score_fn(process, get_model_fn(wanted, train), continuous)(x, t)
+                score = theirs(given, found, train=train, continuous=continuous)(x.clone(), t.clone())
+                if not (found.saw_the_same_as(wanted) and _equal(score, ours)):
+                    return False
+            return True
+        except NotImplementedError:  # they do not know it; our documentation says what it is, if it derives from ours
+            return isinstance(sde, sde_lib.SDE) and not isinstance(sde, _KNOWN)
+        except Exception:  # whatever they need that this trial has not
+            return False
+
+    return _once((theirs, sde_lib.fingerprint(sde), continuous), answer)
+
+
+@torch.compiler.assume_constant_result
+def _same_output(theirs: Any) -> bool:
+    """Whether the program's own ``get_model_fn`` hands inputs and output of the network on as they are."""
+
+    def answer() -> bool:
+        x, labels = _trial_states(), torch.linspace(0.0, 999.0, 16, dtype=torch.float64, device="cpu")
+        try:
+            for train in (False, True):
+                wanted, found = _Recorder(), _Recorder()
+                ours = get_model_fn(wanted, train)(x, labels)
+                out = theirs(found, train=train)(x.clone(), labels.clone())
+                if not (found.saw_the_same_as(wanted) and _equal(out, ours)):
+                    return False
+            return True
+        except Exception:
+            return False
+
+    return _once(theirs, answer)
+
+
+_KNOWN = (sde_lib.VPSDE, sde_lib.subVPSDE, sde_lib.VESDE)
+
+
+def _trial_states() -> Tensor:
+    return torch.linspace(-3.0, 3.0, 64, dtype=torch.float64, device="cpu").reshape(16, 1, 2, 2)
+
+
+class _Recorder(nn.Module):
+    """A network that keeps what it is given, and returns numbers of all sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[Tensor, Tensor, bool]] = []
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        self.seen.append((x.clone(), labels.clone(), self.training))
+        sizes = torch.logspace(-3.0, 3.0, 64, dtype=torch.float64, device="cpu").reshape(16, 1, 2, 2).flip(0)
+        return sizes * torch.tensor([[1.0, -1.0], [-1.0, 1.0]], dtype=torch.float64, device="cpu")
+
+    def saw_the_same_as(self, other: _Recorder) -> bool:
+        (x, labels, mode), *more = self.seen
+        ((wanted_x, wanted_labels, wanted_mode),) = other.seen
+        kind = labels.is_floating_point() == wanted_labels.is_floating_point()
+        return not more and kind and _equal(x, wanted_x) and _equal(labels, wanted_labels) and mode == wanted_mode
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """To the rounding of float32, in which a program may compute."""
+    return a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=1e-6, atol=0.0)
