@@ -110,10 +110,11 @@ def _norm(gradients: list[Tensor]) -> float:
     ]
     dtype = reduce(torch.promote_types, {v.dtype for v in values}, torch.float32)
     norms = torch._foreach_norm(values, 2, dtype) if values else []
-    if all(n.is_cpu for n in norms):
+    if all(type(n) is Tensor and n.is_cpu for n in norms):
         return math.hypot(*map(float, norms))
     device = norms[0].device  # from which one number comes
-    return float(torch.linalg.vector_norm(torch.stack([n.to(device) for n in norms])))
+    norm: Any = torch.linalg.vector_norm(torch.stack([n.to(device) for n in norms]))
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # of all ranks, where they have parts
 
 
 def _perturbed(batch: Tensor, m: Tensor | float, s: Tensor | float, draw: Draw) -> tuple[Tensor, Draw]:

@@ -1,13 +1,15 @@
-"""The training losses under autocast and under DistributedDataParallel. (torch.compile: test_compile.py; CUDA graphs:
+"""Training under autocast, DistributedDataParallel and FSDP. (torch.compile: test_compile.py; CUDA graphs:
 test_gpu_loops.py.)"""
 
-from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from scoresde_ext import losses, noise, sde_lib
+from scoresde_ext.models.ema import ExponentialMovingAverage
 
 SDES = {"vp": sde_lib.VPSDE(), "subvp": sde_lib.subVPSDE(), "ve": sde_lib.VESDE(0.1, 5.0)}
 SIZE, RANKS = 8, 2
@@ -54,8 +56,35 @@ def test_autocast(kind: str) -> None:
         torch.testing.assert_close(a, b, rtol=0.1, atol=0.03 * b.abs().max().item())
 
 
+OPTIM = SimpleNamespace(optimizer="Adam", lr=0.1, beta1=0.9, eps=1.0, weight_decay=0.0, warmup=0, grad_clip=1e-3)
+
+
+def trained(net: nn.Module, spoilt: bool) -> tuple[list[list[Tensor]], str]:
+    """Gradients, weights and averages after two steps, and the error of a third with Inf in a gradient."""
+    config, parameters = SimpleNamespace(optim=OPTIM), list(net.parameters())
+    average = ExponentialMovingAverage(parameters, 0.9)
+    state = {"model": net, "optimizer": losses.get_optimizer(config, parameters), "ema": average, "step": 0}
+    step_fn = losses.get_step_fn(SDES["vp"], True, losses.optimization_manager(config), reduce_mean=True)
+    for step in range(2):
+        with noise.seeds(step, range(SIZE)):
+            step_fn(state, make_batch())
+    after = [
+        [t.full_tensor() if hasattr(t, "full_tensor") else t.detach().clone() for t in tensors]
+        for tensors in ([p.grad for p in parameters], parameters, average.shadow_params)
+    ]
+    if spoilt:
+        parameters[-1].register_post_accumulate_grad_hook(lambda p: p.grad.mul_(torch.inf))
+    try:
+        step_fn(state, make_batch())
+    except FloatingPointError as error:
+        return after, str(error)
+    return after, ""
+
+
 def train_on(rank: int, folder: str) -> None:
-    """One rank's part of a batch; the gradients that it ends with are written down."""
+    """One rank's part of a batch, then one rank's part of the weights; what it ends with is written down."""
+    from torch.distributed.fsdp import fully_shard
+
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
     try:
@@ -65,19 +94,39 @@ def train_on(rank: int, folder: str) -> None:
             net.zero_grad()
             loss_of(kind, net, make_batch()[rank * part :][:part], first=rank * part).backward()
             gradients.append([p.grad.clone() for p in net.parameters()])
-        torch.save(gradients, f"{folder}/{rank}.pt")
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (RANKS,))
+        sharded = trained(fully_shard(make_net(), mesh=mesh), spoilt=rank == 1)
+        torch.save({"ddp": gradients, "fsdp": sharded}, f"{folder}/{rank}.pt")
     finally:
         torch.distributed.destroy_process_group()
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
-def test_ddp(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    if not torch.distributed.is_available():
+        pytest.skip("this torch has no torch.distributed")
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(train_on, (str(folder),), nprocs=RANKS)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
+
+
+def test_ddp(ranks: list[dict[str, Any]]) -> None:
     """Two ranks with half a batch each end with the gradients of the whole: the noise goes with the sample."""
-    torch.multiprocessing.spawn(train_on, (str(tmp_path),), nprocs=RANKS)
-    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
     net = make_net()
     for i, kind in enumerate(SDES):
         right = torch.autograd.grad(loss_of(kind, net, make_batch()), list(net.parameters()))
-        for gradients in found:
-            for a, b in zip(gradients[i], right, strict=True):
+        for found in ranks:
+            for a, b in zip(found["ddp"][i], right, strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_fsdp(ranks: list[dict[str, Any]]) -> None:
+    """Each rank holds a part of every weight. The norm is that of the whole gradient; where one rank meets Inf, all
+    stop."""
+    right, _ = trained(make_net(), spoilt=False)
+    gradients, _, _ = right
+    assert torch.cat([g.flatten() for g in gradients]).norm().item() == pytest.approx(1e-3, rel=1e-2)  # clipped
+    for found in ranks:
+        after, error = found["fsdp"]
+        torch.testing.assert_close(after, right, rtol=1e-4, atol=1e-7)
+        assert error.startswith("step 2: expected a finite gradient")
