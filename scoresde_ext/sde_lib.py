@@ -418,9 +418,8 @@ class _Tabulated(AffineSDE):
             raise ValueError(f"{name}: expected a tensor {old.dtype} {tuple(old.shape)}, got {got}.")
         with torch.inference_mode(False):
             value = value.detach().clone()
-            if torch.allclose(
-                value.cpu(), old.cpu(), rtol=1e-5, atol=0.0, equal_nan=True
-            ):  # on another device, perhaps
+            unchanged = torch.allclose(value.cpu(), old.cpu(), rtol=1e-5, atol=0.0, equal_nan=True)
+            if unchanged:  # on another device, perhaps
                 super().__setattr__(name, value)
             elif name == self.TABLES[0]:
                 tables = self._tables_from(value)
@@ -686,8 +685,8 @@ class _Foreign:
         table = getattr(self, name)
         if len(table) != self.N:
             raise ValueError(
-                f"sde: expected {name} of N = {self.N} values, got {len(table)}. The N of a {type(self).__name__} of "
-                "your own was changed after its tables were made: make another one."
+                f"sde: expected {name} of N = {self.N} values, got {len(table)}. Make another {type(self).__name__}: "
+                "yours does not make its tables again when its N changes."
             )
         return table
 
@@ -818,10 +817,11 @@ def _read_as(name: str, foreign: Any) -> SDE:
 
 
 class _State:
-    """An SDE's class and attributes at one time. They are kept alive, so that an identity is that of one object."""
+    """An SDE's methods and attributes at one time. They are kept alive, so that an identity is that of one object."""
 
     def __init__(self, sde: Any) -> None:
-        self.sde, self.cls, self.attributes = sde, type(sde), dict(getattr(sde, "__dict__", {}))
+        self.sde, self.attributes = sde, dict(getattr(sde, "__dict__", {}))
+        self.methods = [getattr(type(sde), name) for name in _METHODS]
         tensors = (v for v in self.attributes.values() if isinstance(v, Tensor) and not v.is_inference())
         self.written = [(v, v._version) for v in tensors]
 
@@ -829,7 +829,7 @@ class _State:
         now = getattr(sde, "__dict__", {})
         return (
             self.sde is sde
-            and self.cls is type(sde)
+            and all(getattr(type(sde), name) is method for name, method in zip(_METHODS, self.methods, strict=True))
             and len(now) == len(self.attributes)
             and all(now.get(name) is value for name, value in self.attributes.items())
             and all(tensor._version == version for tensor, version in self.written)
@@ -848,7 +848,7 @@ def fingerprint(sde: Any) -> Hashable:
             return id(value), 0 if value.is_inference() else value._version
         return value if isinstance(value, (bool, int, float, str, type(None))) else id(value)
 
-    return type(sde), *((name, mark(value)) for name, value in vars(sde).items())
+    return type(sde), *((name, mark(value)) for name, value in getattr(sde, "__dict__", {}).items())
 
 
 def _computes_the_same(foreign: Any, ours: SDE) -> bool:

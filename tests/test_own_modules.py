@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_mixed import program
+from mixtures import program
 from torch import Tensor, nn
 
 from scoresde_ext import (
@@ -225,6 +225,10 @@ def test_the_programs_sde_is_followed_when_it_changes(theirs: SimpleNamespace) -
         torch.testing.assert_close(found, right(network, normals(*SHAPE)), rtol=1e-4, atol=1e-4)
     sde.sde = lambda x, t: (x, t)
     assert not sde_lib.is_affine(sde_lib.recognised(sde))
+    other = theirs.sde_lib.subVPSDE(0.1, 5.0, 8)
+    assert sde_lib.is_affine(sde_lib.recognised(other))
+    theirs.sde_lib.subVPSDE.sde = theirs.sde_lib.VPSDE.sde
+    assert not sde_lib.is_affine(sde_lib.recognised(other))
 
 
 @pytest.mark.parametrize("kind", ["vp", "ve"])
