@@ -239,8 +239,7 @@ def _uses_tf32(network: Any) -> bool:
     """Whether float32 products on a GPU are rounded to TF32: matrix products on request, convolutions by default."""
     if torch.get_float32_matmul_precision() != "highest":
         return True
-    model = getattr(network, "model", None)
-    modules = model.modules() if isinstance(model, torch.nn.Module) else ()
+    modules = (m for module in getattr(network, "modules", ()) for m in module.modules())
     return torch.backends.cudnn.allow_tf32 and any(isinstance(m, torch.nn.modules.conv._ConvNd) for m in modules)
 
 

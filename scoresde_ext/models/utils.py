@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from .. import sde_lib
 from .._C import host
+from ..callers import warn
 from ..checks import check_inputs, traced
-from ..integrate.drift import time_vector
+from ..integrate.drift import Lent, time_vector
+from ..reach import Network, modules_of, same_modules_of
 from ..reference import rows
-
-Network = Callable[[Tensor, Tensor], Tensor]
 
 _MODELS: dict[str, type] = {}
 
@@ -82,32 +83,98 @@ def create_model(config: Any) -> nn.Module:
 
 
 def set_mode(model: Network, train: bool) -> None:
-    """Training or evaluation mode for the whole network. Called once a run: the walk over all modules costs
-    milliseconds."""
-    if isinstance(model, nn.Module):
-        model.train(train)
+    """Training or evaluation mode for the whole network, where it is in the other. Called once a run: the walk over all
+    modules costs milliseconds.
+
+    For a function, it is the mode of the modules that it reaches, see :mod:`scoresde_ext.reach`; training mode only
+    that of modules with a parameter to train: a teacher whose weights are frozen stays as it is.
+    """
+    for module in modules_of(model):
+        if _has_mode(module, model, train) and not all(_in_mode(m, train) for m in module.modules()):
+            _switch(module, train)
 
 
 def ensure_mode(model: Network, train: bool) -> None:
-    """Like :func:`set_mode`, but only where the network is in the other mode: for what is called every training
-    step."""
-    if isinstance(model, nn.Module) and model.training != train:
-        model.train(train)
+    """Like :func:`set_mode`, for what is called every training step: it looks at the outermost modules alone."""
+    for module in same_modules_of(model):
+        if not _in_mode(module, train) and _has_mode(module, model, train):
+            _switch(module, train)
+
+
+def _in_mode(module: nn.Module, train: bool) -> bool:
+    """Whether a module says so. What torch.export made has a ``train`` of its own, and says anything; a frozen
+    ScriptModule says nothing."""
+    return getattr(module, "training", train) == train and "train" not in vars(module)
+
+
+def _has_mode(module: nn.Module, model: Network, train: bool) -> bool:
+    """Whether a module that the network reaches takes part in this mode."""
+    return not train or module is model or any(p.requires_grad for p in module.parameters())
+
+
+def _switch(module: nn.Module, train: bool) -> None:
+    try:
+        module.train(train)
+    except (NotImplementedError, RuntimeError) as error:
+        parts = () if isinstance(module, fx.GraphModule) else tuple(module.children())
+        for part in parts:  # one of them has only one mode: the others take theirs
+            _switch(part, train)
+        if parts:
+            module.training = train
+        else:
+            _say_that_it_stays(module, train, error)
+
+
+_looked_at: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+
+
+def _say_that_it_stays(module: nn.Module, train: bool, error: Exception) -> None:
+    """A warning, once, where a module has one mode only and that makes a difference."""
+    if _looked_at.get(module) == train:
+        return
+    _looked_at[module] = train
+    asked, other = ("training", "evaluation") if train else ("evaluation", "training")
+    if not isinstance(module, fx.GraphModule):
+        what = f"its part {type(module).__name__}"
+        warn(f"model: {what} cannot be put into {asked} mode ({error}). It stays as it is.")
+    elif _recorded_in(module, not train):
+        warn(
+            f"model: it was exported in {other} mode and stays in it, with its dropout and batch norm. Export it again "
+            f"from a network in {asked} mode."
+        )
+
+
+def _recorded_in(module: fx.GraphModule, train: bool) -> bool:
+    """Whether the graph of an exported module has an operation that was recorded in this mode and has another."""
+    for node in module.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        names = [argument.name for argument in schema.arguments] if schema is not None else []
+        values = dict(zip(names, node.args, strict=False)) | node.kwargs
+        mode = values.get("train", values.get("training"))
+        # Without running statistics, batch norm is the same in both modes; so is dropout of nothing.
+        if mode is train and values.get("running_mean", module) is not None and values.get("p") != 0:
+            return True
+    return False
 
 
 def get_model_fn(model: Network, train: bool = False) -> Callable[[Tensor, Tensor], Tensor]:
     """``model_fn(x, labels)``: the network in the mode asked for. A plain function is accepted as a network."""
     set_mode(model, train)
-    return CheckedNetwork(model)
+    return CheckedNetwork(model, modules_of(model))
 
 
 class CheckedNetwork:
-    """A network that is given inputs in the dtype of its own parameters, and whose output is checked."""
+    """A network that is given inputs in the dtype of its own parameters, and whose output is checked.
 
-    def __init__(self, model: Network) -> None:
-        self.model = model
-        parameters = model.parameters() if isinstance(model, nn.Module) else ()
-        self.dtype = next((p.dtype for p in parameters if p.is_floating_point()), None)
+    ``modules`` are those that it reaches; None: as found before. ``lent``: its inputs stay as they are, see
+    :class:`scoresde_ext.integrate.drift.Lent`.
+    """
+
+    def __init__(self, model: Network, modules: Sequence[nn.Module] | None = None, lent: bool = False) -> None:
+        self.model, self.modules = model, same_modules_of(model) if modules is None else modules
+        dtypes = {dtype for module in self.modules if (dtype := _dtype_of(module)) is not None}
+        self.dtype = dtypes.pop() if len(dtypes) == 1 else None
+        self.call = Lent(model, "model") if lent else model
 
     def __call__(self, x: Tensor, labels: Tensor) -> Tensor:
         if self.dtype is not None and x.dtype != self.dtype:
@@ -115,7 +182,7 @@ class CheckedNetwork:
         if self.dtype is not None and labels.is_floating_point():
             # Labels run to 999: half precision would merge neighbours.
             labels = labels.to(torch.float64 if self.dtype == torch.float64 else torch.float32)
-        out = self.model(x, labels)
+        out = self.call(x, labels)
         if not isinstance(out, Tensor) or out.shape != x.shape or not out.is_floating_point():
             got = f"{out.dtype} of shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
             raise ValueError(
@@ -123,6 +190,10 @@ class CheckedNetwork:
                 "A score network maps (x, labels) to one number for each element of x."
             )
         return out
+
+
+def _dtype_of(module: nn.Module) -> torch.dtype | None:
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
 
 
 class ScoreFunction:
