@@ -144,9 +144,9 @@ def _plain_loss(
 ) -> Tensor:
     """The same loss for an SDE that is known by its methods alone."""
     mean, std = sde.marginal_prob(x0, t)
+    g = sde.sde(torch.zeros_like(x0), t)[1] if likelihood_weighting else 1.0  # first: the network may write to t
     score = score_fn(mean + rows(std, x0) * z, t)
     if likelihood_weighting:
-        g = sde.sde(torch.zeros_like(x0), t)[1]
         return weight * ((score + z / rows(std, x0)).square() * rows(g * g, x0)).sum()
     return weight * (score * rows(std, x0) + z).square().sum()
 

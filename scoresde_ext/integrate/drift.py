@@ -44,15 +44,79 @@ class Drift(Protocol):
     def terms(self, t: Time, ys: tuple[Tensor, ...]) -> tuple[Terms, ...]: ...
 
 
+class Lent:
+    """A function of tensors that may write to them, ``x.relu_()``: those of the caller stay as they are.
+
+    The first call gets copies. Where it writes to one, every call gets copies, else none does: an evaluation copies
+    nothing for a function that only reads. ``name`` is that of the argument whose function it is.
+    """
+
+    def __init__(self, function: Callable[..., Any], name: str) -> None:
+        self.function, self.name = function, name
+        self.copied: Callable[[Tensor], Tensor] | None = None
+        self.called = False
+
+    def __call__(self, *args: Tensor) -> Any:
+        if torch.compiler.is_compiling():
+            return self.function(*args)
+        if not self.called:
+            return self._first(args)
+        if self.copied is not None:
+            return self.function(*map(self.copied, args))
+        versions = [v._version for v in args]
+        result = self.function(*args)
+        if versions != [v._version for v in args]:
+            raise RuntimeError(
+                f"{self.name}: expected inputs to be left as they are, as at the first evaluation, got one that was "
+                "changed in place. Change a copy, x.clone()."
+            )
+        return result
+
+    def _first(self, args: tuple[Tensor, ...]) -> Any:
+        copies = tuple(map(_copy, args))
+        try:
+            result = self.function(*copies)
+        except RuntimeError as error:
+            if not any(_guarded(v) for v in args) or not any(why in str(error) for why in _REFUSALS):
+                raise
+            self.copied = _whole_copy
+            result = self.function(*map(_whole_copy, args))
+        self.called = True
+        # Tensors of inference mode do not count what is written to them.
+        if self.copied is None and any(v.is_inference() or v._version for v in copies if not _guarded(v)):
+            self.copied = _copy
+        return result
+
+
+_REFUSALS = ("single memory location", "leaf Variable")
+
+
+def _guarded(v: Tensor) -> bool:
+    """Whether torch itself refuses to write to a tensor: elements share their memory, or it is what a derivative is
+    taken by."""
+    if v.requires_grad and v.is_leaf and torch.is_grad_enabled():
+        return True
+    return any(step == 0 and size > 1 for step, size in zip(v.stride(), v.shape, strict=True))
+
+
+def _copy(v: Tensor) -> Tensor:
+    return v if _guarded(v) else v.clone()
+
+
+def _whole_copy(v: Tensor) -> Tensor:
+    return v.clone(memory_format=torch.contiguous_format)
+
+
 class Function:
     """A plain ``f(t, y)``; ``t`` is handed over as a tensor ``(B,)``."""
 
     def __init__(self, f: Callable[..., Any], packed: bool) -> None:
-        self.f, self.packed = f, packed
+        self.f = Lent((lambda t, *ys: f(t, ys)) if packed else f, "f")
+        self.packed = packed
 
     def terms(self, t: Time, ys: tuple[Tensor, ...]) -> tuple[Terms, ...]:
         times = time_vector(t, ys[0])
-        slopes = self.f(times, ys) if self.packed else (self.f(times, ys[0]),)
+        slopes = self.f(times, *ys) if self.packed else (self.f(times, ys[0]),)
         if not isinstance(slopes, (tuple, list)) or len(slopes) != len(ys):
             raise ValueError(
                 f"f: expected {len(ys)} derivatives, one for each part of y0, got {type(slopes).__name__}."

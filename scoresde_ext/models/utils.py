@@ -160,7 +160,8 @@ def _recorded_in(module: fx.GraphModule, train: bool) -> bool:
 def get_model_fn(model: Network, train: bool = False) -> Callable[[Tensor, Tensor], Tensor]:
     """``model_fn(x, labels)``: the network in the mode asked for. A plain function is accepted as a network."""
     set_mode(model, train)
-    return CheckedNetwork(model, modules_of(model))
+    # What trains has no use for its inputs afterwards.
+    return CheckedNetwork(model, modules_of(model), lent=not train)
 
 
 class CheckedNetwork:
