@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -24,6 +25,15 @@ def warn(message: str) -> None:
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_WITHIN):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, stacklevel=level)
+
+
+def say_no_gradient(name: str, *values: Tensor) -> None:
+    """A warning where a gradient is asked for by what no gradient is recorded for."""
+    if torch.is_grad_enabled() and any(v.requires_grad for v in values):
+        warn(
+            f"{name}: a gradient is wanted (requires_grad=True), but none is recorded: backward() of the result does "
+            "not reach it. Detach it, or call this within torch.no_grad(), to say that this is meant."
+        )
 
 
 def untraced(function: Function) -> Function:

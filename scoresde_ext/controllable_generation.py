@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import noise, sampling
+from .callers import say_no_gradient
 from .checks import check_corrector, check_eps, check_state
 from .ode import InverseScaler
 from .reference import rows
@@ -170,6 +171,7 @@ def _get_pc_filler(
 
     def run(model: Any, known: _Known) -> Tensor:
         data = known.data
+        say_no_gradient("data", data)
         with torch.no_grad(), noise.seeded(seeds, len(data)):
             loop = PCLoop(sde, model, predictor, corrector, snr, n_steps, probability_flow, continuous)
             prior = noise.prior(sde, data.shape, data.device).to(data.dtype)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import integrate, noise
+from .callers import say_no_gradient
 from .checks import check_eps, check_state, check_tolerances, name_rows
 from .flow import ProbabilityFlow
 from .integrate import Solution, SolverError, Status, Terms, Time, time_vector
@@ -145,7 +146,8 @@ def get_likelihood_fn(
             ids)``: stream ``ids[b]``.
         progress: a progress bar on a terminal.
 
-    ``data`` is ``(B, *)``, float32 or float64 and kept so.
+    ``data`` is ``(B, *)``, float32 or float64 and kept so. No gradient is recorded; a warning says so where ``data``
+    wants one.
 
     Raises:
         ValueError: an argument is wrong; before any evaluation. NotImplementedError: another ``hutchinson_type``.
@@ -212,10 +214,14 @@ class Likelihood:
         z, values = solution.y
         return values, z, solution.nfe
 
-    @torch.no_grad()
     def solve(self, model: Any, data: Tensor) -> Solution:
         """The latent codes and likelihoods with what they took."""
         check_state("data", data)
+        say_no_gradient("data", data)
+        with torch.no_grad():
+            return self._solve(model, data)
+
+    def _solve(self, model: Any, data: Tensor) -> Solution:
         offset = self.offset(data)
         vectors, share = self.vectors(data)
         score_fn = mutils.get_score_fn(self.sde, model, train=False, continuous=True)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import graphs, integrate, noise, ops
+from .callers import say_no_gradient
 from .checks import bad_rows, check_eps, check_latent, check_shape, check_tolerances, name_rows
 from .flow import ProbabilityFlow
 from .integrate import Finished, Solution, SolverError, Status, Stream, time_vector
@@ -69,7 +70,8 @@ def get_ode_sampler(
             where the network is a module, and keeps it for the next call. A captured network is run as it was at its
             capture: what it reads besides parameters, buffers and plain attributes must not change.
 
-    ``z`` is the state at T, ``(B, *)``, float32 or float64 and kept so; None draws it from the prior.
+    ``z`` is the state at T, ``(B, *)``, float32 or float64 and kept so; None draws it from the prior. No gradient is
+    recorded; a warning says so where ``z`` wants one.
 
     Raises:
         ValueError: an argument is wrong; before any evaluation.
@@ -155,6 +157,8 @@ class OdeSampler:
                 z = noise.prior(self.sde, self.shape, self.device)
         else:
             check_latent(z, self.shape, self.device)
+            say_no_gradient("z", z)
+            z = z.detach()
         flow, span = ProbabilityFlow(self.sde, score_fn), (self.sde.T, self.eps)
         cause: BaseException | None = None
         try:

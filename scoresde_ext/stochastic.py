@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from . import noise, ops
+from .callers import say_no_gradient
 from .checks import check_eps, check_latent, check_shape, check_tolerances
 from .flow import ProbabilityFlow
 from .integrate import Solution, SolverError, Status, Stream
@@ -164,6 +165,7 @@ class SdeSampler:
         flow.require_affine("get_sde_sampler")
         if z is not None:
             check_latent(z, self.shape, self.device)
+            say_no_gradient("z", z)
         with torch.no_grad(), noise.seeded(self.seeds, self.shape[0]):
             x = noise.prior(self.sde, self.shape, self.device) if z is None else z.detach().contiguous()
             run = self.make_run(flow, x)

@@ -499,3 +499,32 @@ def test_writing_later_than_at_the_first_evaluation_is_an_error() -> None:
 
     with pytest.raises(RuntimeError, match=r"^model: expected inputs to be left as they are.* x\.clone\(\)\.$"):
         found(runs()["pc"], network)
+
+
+# --- gradients --------------------------------------------------------------------------------------------------------
+
+
+def test_a_gradient_in_latents_or_data_that_is_not_recorded_is_said() -> None:
+    """Parameters that can be trained are normal there: nothing is said of them."""
+    x, net = data().requires_grad_(), make_net()
+    options: dict[str, Any] = {"rtol": 1e-2, "atol": 1e-2}
+    sde = stochastic.get_sde_sampler(VP, SHAPE, same, steps=2, device="cpu")
+    inpainter = controllable_generation.get_pc_inpainter(VP, None, None, same, 0.1)
+    calls: dict[str, Callable[[Tensor], Any]] = {
+        "z": lambda x: sampling.get_ode_sampler(VP, SHAPE, same, device="cpu", **options)(net, x)[0],
+        "z of an SDE": lambda x: sde(net, x)[0],
+        "data of a likelihood": lambda x: likelihood.get_likelihood_fn(VP, same, **options)(net, x)[0],
+        "data": lambda x: encoding.encode(VP, net, x, **options),
+        "latents": lambda x: encoding.decode(VP, net, x, **options),
+        "a, b": lambda x: encoding.interpolate(VP, net, x, x, 2, **options),
+        "data of an inpainter": lambda x: inpainter(net, x, torch.ones(3)),
+    }
+    for name, call in calls.items():
+        with pytest.warns(UserWarning, match=rf"^{name.partition(' of ')[0]}: a gradient is wanted") as said:
+            assert not call(x).requires_grad
+        assert [warning.filename for warning in said] == [__file__], name
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            call(x.detach())
+            with torch.no_grad():
+                call(x)
