@@ -304,6 +304,10 @@ class Cache:
         self.kept: OrderedDict[Hashable, Captured] = OrderedDict()
         self.refused: dict[Hashable, Uncapturable] = {}
 
+    def __reduce__(self) -> tuple[type[Cache], tuple[int]]:
+        """A copy, or what a file holds, is empty: a captured loop belongs to the memory of one process."""
+        return Cache, (self.most,)
+
     def find(self, key: Hashable, make: Callable[[], Captured]) -> Captured:
         """What is kept for the key, made where there is nothing; what cannot be captured is not tried again."""
         if key in self.refused:

@@ -48,8 +48,9 @@ def get_ode_sampler(
     progress: bool = False,
     graph: str = "auto",
 ) -> OdeSampler:
-    """``sampler(model, z=None)`` -> ``(samples, nfe)``: the probability-flow ODE from T to eps (Song et al. 2021,
-    section 4.3, eq. 13). ``sampler.solve(model, z=None)`` -> the :class:`integrate.Solution`, ``y`` being the samples.
+    """``sampler(model, z=None, draw=None)`` -> ``(samples, nfe)``: the probability-flow ODE from T to eps (Song et al.
+    2021, section 4.3, eq. 13). ``sampler.solve(model, z=None, draw=None)`` -> the :class:`integrate.Solution`, ``y``
+    being the samples.
 
     Args:
         sde: the forward SDE.
@@ -64,7 +65,7 @@ def get_ode_sampler(
         device: where to sample.
         control, coordinate, order, steps, grid, max_steps, on_failure: as in :func:`integrate.solve`.
         seeds: None: torch's generator; an integer: sample b of the prior is stream b of this seed; ``(seed, ids)``:
-            stream ``ids[b]``.
+            stream ``ids[b]``. The prior is then the same in every call; ``draw=k`` gives call k one of its own.
         progress: a progress bar on a terminal.
         graph: on a GPU, how the loop over the steps is run, as in :func:`integrate.solve`; but ``auto`` captures a step
             where the network is a module, and keeps it for the next call. A captured network is run as it was at its
@@ -115,17 +116,17 @@ class OdeSampler:
     ) -> None:
         self.sde, self.shape, self.inverse_scaler, self.denoise = sde, shape, inverse_scaler, denoise
         self.method, self.eps, self.device, self.seeds, self.options = method, eps, device, seeds, options
-        self.cache = graphs.Cache()
+        self.cache, self.draws = graphs.Cache(), noise.Draws(seeds)
 
-    def __call__(self, model: Any, z: Tensor | None = None) -> tuple[Tensor, int]:
-        solution = self._run(model, z)
+    def __call__(self, model: Any, z: Tensor | None = None, *, draw: int | None = None) -> tuple[Tensor, int]:
+        solution = self._run(model, z, draw)
         return solution.y, solution.nfe
 
-    def solve(self, model: Any, z: Tensor | None = None) -> Solution:
+    def solve(self, model: Any, z: Tensor | None = None, *, draw: int | None = None) -> Solution:
         """The samples with what they took."""
-        return self._run(model, z)
+        return self._run(model, z, draw)
 
-    def stream(self, model: Any, slots: int) -> Stream:
+    def stream(self, model: Any, slots: int, *, draw: int = 0) -> Stream:
         """The samples one by one, ``slots`` at a time, see :func:`integrate.stream`: for an adaptive method of ours
         under ``control='per_sample'``. A sample that fails is NaN and has its status; nothing is raised for it."""
         if self.options["control"] != "per_sample":
@@ -134,7 +135,7 @@ class OdeSampler:
         flow, span = ProbabilityFlow(self.sde, score_fn), (self.sde.T, self.eps)
 
         def source(first: int, stop: int) -> Tensor:
-            with noise.seeded(noise.part(self.seeds, first, stop), stop - first):
+            with noise.seeded(noise.part(self.seeds, first, stop), stop - first, draw):
                 return noise.prior(self.sde, (stop - first, *self.shape[1:]), self.device)
 
         @torch.no_grad()
@@ -150,10 +151,10 @@ class OdeSampler:
         stream.after = after
         return stream
 
-    def _run(self, model: Any, z: Tensor | None) -> Solution:
+    def _run(self, model: Any, z: Tensor | None, draw: int | None) -> Solution:
         score_fn = mutils.get_score_fn(self.sde, model, train=False, continuous=True)
         if z is None:
-            with noise.seeded(self.seeds, self.shape[0]):
+            with self.draws(self.shape[0], draw):
                 z = noise.prior(self.sde, self.shape, self.device)
         else:
             check_latent(z, self.shape, self.device)
