@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import noise, sampling
-from .callers import say_no_gradient
+from .callers import say_no_gradient, untraced
 from .checks import check_corrector, check_eps, check_state
 from .ode import InverseScaler
 from .reference import rows
@@ -155,6 +155,7 @@ class _Filler:
 class Inpainter(_Filler):
     """What :func:`get_pc_inpainter` returns."""
 
+    @untraced
     def __call__(self, model: Any, data: Tensor, mask: Tensor, *, draw: int | None = None) -> Tensor:
         check_state("data", data)
         check_state("mask", mask)
@@ -169,6 +170,7 @@ class Inpainter(_Filler):
 class Colorizer(_Filler):
     """What :func:`get_pc_colorizer` returns."""
 
+    @untraced
     def __call__(self, model: Any, gray: Tensor, *, draw: int | None = None) -> Tensor:
         check_state("gray", gray)
         if gray.dim() < 2 or gray.shape[1] != 3:

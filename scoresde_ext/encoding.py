@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .callers import say_no_gradient
+from .callers import say_no_gradient, untraced
 from .checks import check_eps, check_state, check_tolerances
 from .flow import ProbabilityFlow
 from .integrate import SolverError
@@ -24,6 +24,7 @@ from .sde_lib import SDE
 __all__ = ["decode", "encode", "interpolate", "slerp"]
 
 
+@untraced
 def encode(
     sde: SDE,
     model: Any,
@@ -70,6 +71,7 @@ def encode(
     return _follow(sde, model, "data", data, (eps, sde.T), method, rtol, atol, options)
 
 
+@untraced
 def decode(
     sde: SDE,
     model: Any,
@@ -123,6 +125,7 @@ def _follow(
         raise
 
 
+@untraced
 def interpolate(
     sde: SDE,
     model: Any,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import integrate, noise
-from .callers import say_no_gradient
+from .callers import say_no_gradient, untraced
 from .checks import check_eps, check_state, check_tolerances, name_rows
 from .flow import ProbabilityFlow
 from .integrate import Solution, SolverError, Status, Terms, Time, time_vector
@@ -211,11 +211,13 @@ class Likelihood:
         self.method, self.eps, self.epsilons, self.units, self.levels = method, eps, epsilons, units, levels
         self.seeds, self.options, self.draws = seeds, options, noise.Draws(seeds)
 
+    @untraced
     def __call__(self, model: Any, data: Tensor, *, draw: int | None = None) -> tuple[Tensor, Tensor, int]:
         solution = self.solve(model, data, draw=draw)
         z, values = solution.y
         return values, z, solution.nfe
 
+    @untraced
     def solve(self, model: Any, data: Tensor, *, draw: int | None = None) -> Solution:
         """The latent codes and likelihoods with what they took."""
         check_state("data", data)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import graphs, integrate, noise, ops
-from .callers import say_no_gradient
+from .callers import say_no_gradient, untraced
 from .checks import bad_rows, check_eps, check_latent, check_shape, check_tolerances, name_rows
 from .flow import ProbabilityFlow
 from .integrate import Finished, Solution, SolverError, Status, Stream, time_vector
@@ -118,14 +118,17 @@ class OdeSampler:
         self.method, self.eps, self.device, self.seeds, self.options = method, eps, device, seeds, options
         self.cache, self.draws = graphs.Cache(), noise.Draws(seeds)
 
+    @untraced
     def __call__(self, model: Any, z: Tensor | None = None, *, draw: int | None = None) -> tuple[Tensor, int]:
         solution = self._run(model, z, draw)
         return solution.y, solution.nfe
 
+    @untraced
     def solve(self, model: Any, z: Tensor | None = None, *, draw: int | None = None) -> Solution:
         """The samples with what they took."""
         return self._run(model, z, draw)
 
+    @untraced
     def stream(self, model: Any, slots: int, *, draw: int = 0) -> Stream:
         """The samples one by one, ``slots`` at a time, see :func:`integrate.stream`: for an adaptive method of ours
         under ``control='per_sample'``. A sample that fails is NaN and has its status; nothing is raised for it."""

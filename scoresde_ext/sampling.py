@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import graphs, noise
+from .callers import untraced
 from .checks import bad_rows, check_corrector, check_eps, check_shape, name_rows
 from .grids import Grid, calibrate_grid
 from .integrate import SolverError, time_vector
@@ -294,6 +295,7 @@ class PcSampler:
         self.on_failure, self.draws = on_failure, noise.Draws(seeds)
         self.asked, self.cache, self.graph = graph, graphs.Cache(), graphs.ON_CPU
 
+    @untraced
     def __call__(self, model: Any, *, draw: int | None = None) -> tuple[Tensor, int]:
         with torch.no_grad(), self.draws(self.shape[0], draw):
             loop = PCLoop(self.sde, model, *self.steps)

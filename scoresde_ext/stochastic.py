@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from . import noise, ops
-from .callers import say_no_gradient
+from .callers import say_no_gradient, untraced
 from .checks import check_eps, check_latent, check_shape, check_tolerances
 from .flow import ProbabilityFlow
 from .integrate import Solution, SolverError, Status, Stream
@@ -173,10 +173,12 @@ class SdeSampler:
         self.sde, self.shape, self.inverse_scaler, self.make_run = sde, shape, inverse_scaler, make_run
         self.seeds, self.device, self.on_failure, self.draws = seeds, device, on_failure, noise.Draws(seeds)
 
+    @untraced
     def __call__(self, model: Any, z: Tensor | None = None, *, draw: int | None = None) -> tuple[Tensor, int]:
         solution = self.solve(model, z, draw=draw)
         return solution.y, solution.nfe
 
+    @untraced
     def solve(self, model: Any, z: Tensor | None = None, *, draw: int | None = None) -> Solution:
         """The samples with what they took."""
         flow = ProbabilityFlow(self.sde, mutils.get_score_fn(self.sde, model, train=False, continuous=True))
@@ -194,6 +196,7 @@ class SdeSampler:
             raise SolverError(solution.message, solution) from run.error
         return solution
 
+    @untraced
     def stream(self, model: Any, slots: int, *, draw: int = 0) -> Stream:
         """The samples of ``adaptive`` one by one, ``slots`` at a time, as :meth:`solve` would give them under
         ``seeds``; the slot of a finished sample goes to the next. One that fails is NaN and has its status; nothing is

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import graphs
-from ..callers import say_no_gradient
+from ..callers import say_no_gradient, untraced
 from ..checks import check_state, check_tolerances
 from .drift import Drift, Function, Terms, Time, needs_double, time_vector
 from .multistep import MULTISTEP, Adaptive, AdaptiveOnHost, CalibratedGrid, FixedGrid, Flow, grid_tables
@@ -51,6 +51,7 @@ CONTROLS = ("joint", "per_sample")
 COORDINATES = ("t", "angle")
 
 
+@untraced
 def solve(
     f: Callable[..., Any] | Drift,
     t_span: tuple[float, float],
@@ -149,6 +150,7 @@ def solve(
     return run.solve(on_failure, angle)
 
 
+@untraced
 def stream(
     f: Callable[..., Any] | Drift,
     t_span: tuple[float, float],

@@ -173,7 +173,7 @@ class CheckedNetwork:
 
     def __init__(self, model: Network, modules: Sequence[nn.Module] | None = None, lent: bool = False) -> None:
         self.model, self.modules = model, same_modules_of(model) if modules is None else modules
-        dtypes = {dtype for module in self.modules if (dtype := _dtype_of(module)) is not None}
+        dtypes = {_dtype_of(module) for module in self.modules} - {None}
         self.dtype = dtypes.pop() if len(dtypes) == 1 else None
         self.call = Lent(model, "model") if lent else model
 
