@@ -17,7 +17,7 @@ from .callers import say_no_gradient, untraced
 from .checks import bad_rows, check_eps, check_latent, check_shape, check_tolerances, name_rows
 from .flow import ProbabilityFlow
 from .integrate import Finished, Solution, SolverError, Status, Stream, time_vector
-from .integrate.results import describe
+from .integrate.results import NOISY, describe
 from .integrate.run import column
 from .models import utils as mutils
 from .predictors import ReverseDiffusionPredictor
@@ -190,9 +190,8 @@ class OdeSampler:
         except Exception as raised:
             y, cause = torch.full_like(x, math.nan), raised
             status = torch.where(status == Status.SUCCESS, int(Status.RAISED), status).to(status.dtype)
-        message = describe(
-            status.cpu(), solution.t.cpu(), (self.sde.T, self.eps), solution.nfe, self.options["max_steps"], cause
-        )
+        span, max_steps, noisy = (self.sde.T, self.eps), self.options["max_steps"], NOISY in solution.message
+        message = describe(status.cpu(), solution.t.cpu(), span, solution.nfe, max_steps, cause, noisy)
         return replace(solution, y=(y,), status=status, message=message), cause
 
     @torch.no_grad()
