@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import noise, sampling
+from .callers import say_no_gradient, untraced
 from .checks import check_corrector, check_eps, check_state
 from .models import utils as mutils
 from .ode import InverseScaler
@@ -96,30 +97,16 @@ def get_pc_inpainter(
     seeds: noise.Seeds = None,
     grid: Sequence[float] | Tensor | None = None,
     progress: bool = False,
-) -> Callable[[Any, Tensor, Tensor], Tensor]:
-    """``inpainter(model, data, mask)`` -> images ``(B, *)``: fills in where ``mask`` is 0 and keeps ``data`` where it
-    is 1.
+) -> Inpainter:
+    """``inpainter(model, data, mask, draw=None)`` -> images ``(B, *)``: fills in where ``mask`` is 0 and keeps ``data``
+    where it is 1.
 
     Arguments and errors as in :func:`scoresde_ext.sampling.get_pc_sampler` (eps is smaller by default); ``mask`` has
     the shape of ``data`` or broadcasts to it. With a ``grid``, the known part is at the time to which the predictor
     stepped, and at eps in the end.
     """
-    run = _get_pc_filler(
-        sde, predictor, corrector, inverse_scaler, snr, n_steps, probability_flow, continuous, denoise, eps,
-        seeds, grid, progress,
-    )  # fmt: skip
-
-    def pc_inpainter(model: Any, data: Tensor, mask: Tensor) -> Tensor:
-        check_state("data", data)
-        check_state("mask", mask)
-        if not _broadcasts(mask, data) or mask.device != data.device:
-            raise ValueError(
-                f"mask: expected the shape and device of data, {tuple(data.shape)} on {data.device}, "
-                f"got {tuple(mask.shape)} on {mask.device}."
-            )
-        return run(model, _Known(sde, data, mask, _identity, _identity))
-
-    return pc_inpainter
+    steps = (predictor, corrector, snr, n_steps, probability_flow, continuous)
+    return Inpainter(sde, steps, inverse_scaler, denoise, eps, seeds, grid, progress)
 
 
 def get_pc_colorizer(
@@ -137,17 +124,72 @@ def get_pc_colorizer(
     seeds: noise.Seeds = None,
     grid: Sequence[float] | Tensor | None = None,
     progress: bool = False,
-) -> Callable[[Any, Tensor], Tensor]:
-    """``colorizer(model, gray)`` -> images ``(B, 3, H, W)`` for gray images stored in three equal channels.
+) -> Colorizer:
+    """``colorizer(model, gray, draw=None)`` -> images ``(B, 3, H, W)`` for gray images stored in three equal channels.
 
     Arguments and errors as in :func:`get_pc_inpainter`.
     """
-    run = _get_pc_filler(
-        sde, predictor, corrector, inverse_scaler, snr, n_steps, probability_flow, continuous, denoise, eps,
-        seeds, grid, progress,
-    )  # fmt: skip
+    steps = (predictor, corrector, snr, n_steps, probability_flow, continuous)
+    return Colorizer(sde, steps, inverse_scaler, denoise, eps, seeds, grid, progress)
 
-    def pc_colorizer(model: Any, gray: Tensor) -> Tensor:
+
+class _Filler:
+    """Predictor-corrector sampling of what is not known of the data."""
+
+    def __init__(
+        self,
+        sde: SDE,
+        steps: tuple[type | None, type | None, float, int, bool, bool],
+        inverse_scaler: InverseScaler,
+        denoise: bool,
+        eps: float,
+        seeds: noise.Seeds,
+        grid: Sequence[float] | Tensor | None,
+        progress: bool,
+    ) -> None:
+        predictor, _, snr, n_steps, _, continuous = steps
+        recognised(sde)
+        check_eps(eps, sde.T)
+        check_corrector(snr, n_steps)
+        self.times = sampling.check_grid(grid, sde, predictor, eps, continuous)
+        self.sde, self.steps, self.inverse_scaler, self.denoise, self.eps = sde, steps, inverse_scaler, denoise, eps
+        self.draws, self.progress = noise.Draws(seeds), progress
+
+    def _fill(self, model: Any, known: _Known, draw: int | None) -> Tensor:
+        data = known.data
+        say_no_gradient("data", data)
+        with torch.no_grad(), self.draws(len(data), draw):
+            loop = PCLoop(self.sde, model, *self.steps)
+            prior = noise.prior(self.sde, data.shape, data.device).to(data.dtype)
+            x = x_mean = known.start(prior)
+            with noise.run(data.device):
+                for visit in loop.visits(x, self.eps, self.times, self.progress):
+                    x, x_mean = known.put(loop.correct(x, visit.t)[0], visit.t)
+                    x, x_mean = known.put(visit.predict(x)[0], visit.after)
+            result = sampling.check_finite(x_mean if self.denoise else x, "Controllable generation")
+            return self.inverse_scaler(result)
+
+
+class Inpainter(_Filler):
+    """What :func:`get_pc_inpainter` returns."""
+
+    @untraced
+    def __call__(self, model: Any, data: Tensor, mask: Tensor, *, draw: int | None = None) -> Tensor:
+        check_state("data", data)
+        check_state("mask", mask)
+        if not _broadcasts(mask, data) or mask.device != data.device:
+            raise ValueError(
+                f"mask: expected the shape and device of data, {tuple(data.shape)} on {data.device}, "
+                f"got {tuple(mask.shape)} on {mask.device}."
+            )
+        return self._fill(model, _Known(self.sde, data, mask, _identity, _identity), draw)
+
+
+class Colorizer(_Filler):
+    """What :func:`get_pc_colorizer` returns."""
+
+    @untraced
+    def __call__(self, model: Any, gray: Tensor, *, draw: int | None = None) -> Tensor:
         check_state("gray", gray)
         if gray.dim() < 2 or gray.shape[1] != 3:
             raise ValueError(f"gray: expected images of three equal channels, (B, 3, H, W), got {tuple(gray.shape)}.")
@@ -161,45 +203,7 @@ def get_pc_colorizer(
         def couple(x: Tensor) -> Tensor:
             return torch.einsum("bi...,ij->bj...", x, basis.T)
 
-        return run(model, _Known(sde, gray, mask, decouple, couple))
-
-    return pc_colorizer
-
-
-def _get_pc_filler(
-    sde: SDE,
-    predictor: type | None,
-    corrector: type | None,
-    inverse_scaler: InverseScaler,
-    snr: float,
-    n_steps: int,
-    probability_flow: bool,
-    continuous: bool,
-    denoise: bool,
-    eps: float,
-    seeds: noise.Seeds,
-    grid: Sequence[float] | Tensor | None,
-    progress: bool,
-) -> Callable[[Any, _Known], Tensor]:
-    recognised(sde)
-    check_eps(eps, sde.T)
-    check_corrector(snr, n_steps)
-    times = sampling.check_grid(grid, sde, predictor, eps, continuous)
-
-    def run(model: Any, known: _Known) -> Tensor:
-        data = known.data
-        with torch.no_grad(), noise.seeded(seeds, len(data)):
-            loop = PCLoop(sde, model, predictor, corrector, snr, n_steps, probability_flow, continuous)
-            prior = noise.prior(sde, data.shape, data.device).to(data.dtype)
-            x = x_mean = known.start(prior)
-            with noise.run(data.device):
-                for visit in loop.visits(x, eps, times, progress):
-                    x, x_mean = known.put(loop.correct(x, visit.t)[0], visit.t)
-                    x, x_mean = known.put(visit.predict(x)[0], visit.after)
-            result = sampling.check_finite(x_mean if denoise else x, "Controllable generation")
-            return inverse_scaler(result)
-
-    return run
+        return self._fill(model, _Known(self.sde, gray, mask, decouple, couple), draw)
 
 
 _COLOUR_BASIS = _colour_basis()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .callers import say_no_gradient, untraced
 from .checks import check_eps, check_state, check_tolerances
 from .flow import ProbabilityFlow
 from .integrate import SolverError
@@ -23,6 +24,7 @@ from .sde_lib import SDE, recognised
 __all__ = ["decode", "encode", "interpolate", "slerp"]
 
 
+@untraced
 def encode(
     sde: SDE,
     model: Any,
@@ -69,6 +71,7 @@ def encode(
     return _follow(sde, model, "data", data, (eps, recognised(sde).T), method, rtol, atol, options)
 
 
+@untraced
 def decode(
     sde: SDE,
     model: Any,
@@ -96,7 +99,6 @@ def decode(
     return _follow(sde, model, "latents", latents, (recognised(sde).T, eps), method, rtol, atol, options)
 
 
-@torch.no_grad()
 def _follow(
     sde: SDE,
     model: Any,
@@ -112,15 +114,18 @@ def _follow(
     check_eps(min(span), sde.T)
     check_tolerances(rtol, atol)
     check_state(name, x)
+    say_no_gradient(name, x)
     flow = ProbabilityFlow(sde, score_function(sde, model, False, True))
     try:
-        return solve_ode(flow, span, (x,), method, rtol=rtol, atol=atol, **options).y[0]
+        with torch.no_grad():
+            return solve_ode(flow, span, (x,), method, rtol=rtol, atol=atol, **options).y[0]
     except SolverError as error:
         if error.solution is not None:
             error.solution = replace(error.solution, y=error.solution.y[0])
         raise
 
 
+@untraced
 def interpolate(
     sde: SDE,
     model: Any,
@@ -168,6 +173,8 @@ def interpolate(
         )
     options: dict[str, Any] = {"eps": eps, "rtol": rtol, "atol": atol, "method": method, "control": control}
     options |= {"coordinate": coordinate, "order": order, "steps": steps, "max_steps": max_steps, "progress": progress}
+    say_no_gradient("a, b", a, b)
+    a, b = a.detach(), b.detach()
     try:
         stage = "encoding a and b"
         z_a, z_b = encode(sde, model, torch.cat([a, b]), **options).split(len(a))

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _C
+from .reach import identity, modules_of
 
 MODES = ("auto", "while", "replay", "off")
 
@@ -303,6 +304,10 @@ class Cache:
         self.kept: OrderedDict[Hashable, Captured] = OrderedDict()
         self.refused: dict[Hashable, Uncapturable] = {}
 
+    def __reduce__(self) -> tuple[type[Cache], tuple[int]]:
+        """A copy, or what a file holds, is empty: a captured loop belongs to the memory of one process."""
+        return Cache, (self.most,)
+
     def find(self, key: Hashable, make: Callable[[], Captured]) -> Captured:
         """What is kept for the key, made where there is nothing; what cannot be captured is not tried again."""
         if key in self.refused:
@@ -321,14 +326,18 @@ class Cache:
 
 def fingerprint(network: Any) -> Hashable | None:
     """What a captured network consists of, so far as a run may find it changed: the memory of its parameters and
-    buffers, the modes, hooks and plain attributes of its modules, and torch's settings. None for what is no module: a
-    function may depend on anything."""
-    if not isinstance(network, nn.Module):
+    buffers, the modes, hooks and plain attributes of its modules, and torch's settings; of a function, also its code
+    and what it holds. None for a function without modules, or one that holds what cannot be compared: it may depend on
+    anything."""
+    function = None
+    if not isinstance(network, nn.Module) and (function := identity(network)) is None:
         return None
-    devices = {p.device.type for p in network.parameters()}
+    modules = [m for module in modules_of(network) for m in module.modules()]
+    devices = {p.device.type for m in modules for p in m.parameters(recurse=False)}
     settings = [(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in sorted(devices) if d != "meta"]
     return (
-        *((id(m), *_plain(vars(m)), *((t.data_ptr(), t.dtype) for t in _memory(m))) for m in network.modules()),
+        function,
+        *((id(m), *_plain(vars(m)), *((t.data_ptr(), t.dtype) for t in _memory(m))) for m in modules),
         *settings,
         torch.get_float32_matmul_precision(),
         torch.backends.cudnn.allow_tf32,

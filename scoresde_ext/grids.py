@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from . import noise, ops
+from .callers import untraced
 from .checks import check_eps, check_shape
 from .flow import ProbabilityFlow
 from .integrate import solve
@@ -123,6 +124,7 @@ class Grid:
         return grid
 
 
+@untraced
 def calibrate_grid(
     sde: SDE,
     model: Any,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import integrate, noise
+from .callers import say_no_gradient, untraced
 from .checks import check_eps, check_state, check_tolerances, name_rows
 from .flow import ProbabilityFlow
 from .integrate import Solution, SolverError, Status, Terms, Time, time_vector
@@ -118,8 +119,9 @@ def get_likelihood_fn(
     on_failure: str = "raise",
     progress: bool = False,
 ) -> Likelihood:
-    """``likelihood_fn(model, data)`` -> ``(bpd (B,), z (B, *), nfe)``: bits a dimension of 8-bit data, and the latent
-    codes at T. ``likelihood_fn.solve(model, data)`` -> the :class:`integrate.Solution`, its ``y`` being ``(z, bpd)``.
+    """``likelihood_fn(model, data, draw=None)`` -> ``(bpd (B,), z (B, *), nfe)``: bits a dimension of 8-bit data, and
+    the latent codes at T. ``likelihood_fn.solve(model, data, draw=None)`` -> the :class:`integrate.Solution`, its ``y``
+    being ``(z, bpd)``.
 
     With ``levels = L`` it is the density of ``y = L inverse_scaler(x)``, whose unit is one level, for any scaler that
     is affine, element by element: ``bpd = -log2 p(y) / D = -log2 p(x) / D + mean(log2(L |d inverse_scaler / dx|))``.
@@ -143,10 +145,12 @@ def get_likelihood_fn(
         levels: levels in a unit of the samples' range, 256 for 8-bit data whose samples are in [0, 1].
         control, max_steps, on_failure: as in :func:`integrate.solve`.
         seeds: of the noise; None: torch's generator; an integer: sample b takes stream b of this seed; ``(seed,
-            ids)``: stream ``ids[b]``.
+            ids)``: stream ``ids[b]``. The noise is then the same in every call; ``draw=k`` gives call k noise of its
+            own, as batch k of a data set should have.
         progress: a progress bar on a terminal.
 
-    ``data`` is ``(B, *)``, float32 or float64 and kept so.
+    ``data`` is ``(B, *)``, float32 or float64 and kept so. No gradient is recorded; a warning says so where ``data``
+    wants one.
 
     Raises:
         ValueError: an argument is wrong; before any evaluation. NotImplementedError: another ``hutchinson_type``.
@@ -207,19 +211,25 @@ class Likelihood:
     ) -> None:
         self.sde, self.inverse_scaler, self.hutchinson_type = sde, inverse_scaler, hutchinson_type
         self.method, self.eps, self.epsilons, self.units, self.levels = method, eps, epsilons, units, levels
-        self.seeds, self.options = seeds, options
+        self.seeds, self.options, self.draws = seeds, options, noise.Draws(seeds)
 
-    def __call__(self, model: Any, data: Tensor) -> tuple[Tensor, Tensor, int]:
-        solution = self.solve(model, data)
+    @untraced
+    def __call__(self, model: Any, data: Tensor, *, draw: int | None = None) -> tuple[Tensor, Tensor, int]:
+        solution = self.solve(model, data, draw=draw)
         z, values = solution.y
         return values, z, solution.nfe
 
-    @torch.no_grad()
-    def solve(self, model: Any, data: Tensor) -> Solution:
+    @untraced
+    def solve(self, model: Any, data: Tensor, *, draw: int | None = None) -> Solution:
         """The latent codes and likelihoods with what they took."""
         check_state("data", data)
+        say_no_gradient("data", data)
+        with torch.no_grad():
+            return self._solve(model, data, draw)
+
+    def _solve(self, model: Any, data: Tensor, draw: int | None) -> Solution:
         offset = self.offset(data)
-        vectors, share = self.vectors(data)
+        vectors, share = self.vectors(data, draw)
         score_fn = score_function(self.sde, model, False, True, mutils)
         drift = _FlowWithDivergence(self.sde, score_fn, vectors, share)
         parts, span = (data, data.new_zeros(len(data))), (self.eps, self.sde.T)
@@ -234,7 +244,7 @@ class Likelihood:
             raise SolverError(measured.message, measured)
         return measured
 
-    def vectors(self, data: Tensor) -> tuple[Tensor, float]:
+    def vectors(self, data: Tensor, draw: int | None) -> tuple[Tensor, float]:
         """The vectors ``(n, B, *)`` of the divergence, and the factor of their sum."""
         if self.hutchinson_type == "exact":
             n = math.prod(data.shape[1:])
@@ -245,7 +255,7 @@ class Likelihood:
                 )
             units = torch.eye(n, dtype=data.dtype, device=data.device).reshape(n, 1, *data.shape[1:])
             return units.expand(n, *data.shape), 1.0
-        with noise.seeded(self.seeds, len(data)):
+        with self.draws(len(data), draw):
             return torch.stack([self.draw(data) for _ in range(self.epsilons)]), 1.0 / self.epsilons
 
     def draw(self, data: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from . import noise, ops
 from .checks import check_array, check_eps, check_state, traced
 from .models import utils as mutils
-from .models.utils import ScoreFunction, ensure_mode, model_function, score_function
+from .models.utils import ScoreFunction, model_function, score_function
 from .reference import Draw, rows
 from .sde_lib import SDE, VESDE, VPSDE, is_affine, perturbation, recognised
 
@@ -235,7 +235,7 @@ def _sde_loss(
     if mask is not None:
         batch, mask = _observed(batch, mask)
     given = read if torch.compiler.is_compiling() else sde  # a foreign one is looked at outside of the graph
-    score_fn = score_function(given, model, train, continuous, mutils, switch=ensure_mode)
+    score_fn = score_function(given, model, train, continuous, mutils, each_step=True)
     process: Any = score_fn.sde
     if not is_affine(process):
         return _plain_sde_loss(process, score_fn, batch, mask, reduce_mean, likelihood_weighting, eps)
@@ -266,9 +266,9 @@ def _plain_sde_loss(
     u, draw = noise.times_and_normal(batch)
     t, z = u * (sde.T - eps) + eps, ops.materialize(draw, batch).to(u.dtype)
     mean, std = sde.marginal_prob(batch, t)
+    g = sde.sde(torch.zeros_like(batch), t)[1] if likelihood_weighting else 1.0  # first: the network may write to t
     score = score_fn(mean + rows(std, z) * z, t)
     if likelihood_weighting:
-        g = sde.sde(torch.zeros_like(batch), t)[1]
         return _squares(score + z / rows(std, z), g * g, mask, reduce_mean)
     return _squares(score * rows(std, z) + z, 1.0, mask, reduce_mean)
 
@@ -288,7 +288,7 @@ def _smld_loss(
     check_array("batch", batch)
     if mask is not None:
         batch, mask = _observed(batch, mask)
-    network, sde = model_function(model, train, mutils, switch=ensure_mode), recognised(vesde)
+    network, sde = model_function(model, train, mutils, each_step=True), recognised(vesde)
     assert isinstance(sde, VESDE)
     like = batch.new_empty(batch.shape[0], dtype=ops.compute_dtype(batch))
     labels = noise.integers(sde.N, like)
@@ -317,7 +317,7 @@ def _ddpm_loss(
     check_array("batch", batch)
     if mask is not None:
         batch, mask = _observed(batch, mask)
-    network, sde = model_function(model, train, mutils, switch=ensure_mode), recognised(vpsde)
+    network, sde = model_function(model, train, mutils, each_step=True), recognised(vpsde)
     assert isinstance(sde, VPSDE)
     sde.require_discrete()
     like = batch.new_empty(batch.shape[0], dtype=ops.compute_dtype(batch))

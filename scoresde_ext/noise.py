@@ -14,6 +14,7 @@ which draws one key for all of it.
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -25,10 +26,12 @@ from torch.overrides import TorchFunctionMode
 
 from . import ops
 from ._C import host
+from .callers import warn
 from .checks import outlasting, traced
 from .reference import Draw
 
 __all__ = [
+    "Draws",
     "Seeds",
     "integers",
     "normal",
@@ -197,7 +200,8 @@ def seeds(seed: int, ids: Tensor | Sequence[int]) -> Iterator[None]:
     """Sample b of each draw is stream ``ids[b]`` of ``seed``: the same numbers at any batch size, in any order, on any
     device.
 
-    Draws are counted from the start of the context.
+    Draws are counted from the start of the context: calls of samplers within one context draw on and on, as a roll-out
+    needs it.
 
     Args:
         seed: any integer of 64 bits.
@@ -210,7 +214,7 @@ def seeds(seed: int, ids: Tensor | Sequence[int]) -> Iterator[None]:
         yield
 
 
-def _streams(seed: Any, ids: Any) -> _Streams:
+def _streams(seed: Any, ids: Any, draw: int = 0) -> _Streams:
     try:
         # As a tensor, an empty list would be one of floats.
         ids = torch.zeros(0, dtype=torch.int64) if isinstance(ids, Sequence) and len(ids) == 0 else torch.as_tensor(ids)
@@ -220,28 +224,60 @@ def _streams(seed: Any, ids: Any) -> _Streams:
         raise ValueError(f"ids: expected integers of shape (B,), got {ids.dtype} of shape {tuple(ids.shape)}.")
     if not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed: expected an integer of 64 bits, got {seed!r}.")
-    signed = seed - 2**64 if seed >= 2**63 else seed
+    mixed = seed % 2**64 if draw == 0 else _mixed(seed, draw)
+    signed = mixed - 2**64 if mixed >= 2**63 else mixed
     return _Streams(torch.tensor([signed, 0]), ids.to(torch.int64))
 
 
-def seeded(seeds: Seeds, batch: int) -> AbstractContextManager[None]:
+def _mixed(seed: int, draw: int) -> int:
+    """The seed of another draw: number ``draw`` of SplitMix64 from ``seed`` on (Steele, Lea, Flood 2014)."""
+    v = (seed + draw * 0x9E3779B97F4A7C15) % 2**64
+    v = (v ^ (v >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    v = (v ^ (v >> 27)) * 0x94D049BB133111EB % 2**64
+    return v ^ (v >> 31)
+
+
+def seeded(seeds: Seeds, batch: int, draw: int = 0) -> AbstractContextManager[None]:
     """The context in which a sampler's argument ``seeds`` puts its ``batch`` samples: for a seed, its streams 0, 1, ...
-    , batch - 1; for ``(seed, ids)``, :func:`seeds` with these ids; for None, the source that is in force.
+    , batch - 1; for ``(seed, ids)``, :func:`seeds` with these ids; for None, the source that is in force. ``draw``: the
+    number of the call, 0, 1, ...: each has noise of its own.
 
     Raises:
         ValueError: anything else, or another number of ids than samples; at once, not when the context is entered.
     """
+    if isinstance(draw, bool) or not hasattr(draw, "__index__") or not 0 <= operator.index(draw) < 2**64:
+        raise ValueError(f"draw: expected the number of a draw, 0, 1, ..., below 2^64, got {draw!r:.100}.")
     if seeds is None:
         return nullcontext()
     if isinstance(seeds, int) and not isinstance(seeds, bool):
-        return _as_source(_streams(seeds, range(batch)))
+        return _as_source(_streams(seeds, range(batch), operator.index(draw)))
     if not isinstance(seeds, tuple) or len(seeds) != 2 or isinstance(seeds[0], bool):
         raise ValueError(f"seeds: expected None, a seed or (seed, ids), got {seeds!r:.100}.")
-    source = _streams(*seeds)
+    source = _streams(*seeds, operator.index(draw))
     assert source.ids is not None
     if len(source.ids) != batch:
         raise ValueError(f"seeds: expected one stream id a sample, {batch}, got {len(source.ids)}.")
     return _as_source(source)
+
+
+class Draws:
+    """The ``seeds`` of a sampler. Called, the context of one of its calls. A second call without the number of a draw
+    has the same noise again: a warning says so, once, for in a roll-out that is a mistake."""
+
+    def __init__(self, seeds: Seeds) -> None:
+        self.seeds, self.calls = seeds, 0
+
+    def __call__(self, batch: int, draw: int | None) -> AbstractContextManager[None]:
+        context = seeded(self.seeds, batch, 0 if draw is None else draw)
+        if draw is None and self.seeds is not None:
+            self.calls += 1
+            if self.calls == 2:
+                warn(
+                    "seeds: this sampler was called before, and draws the same noise again. Where every call needs its "
+                    "own, as in a roll-out, number the calls, draw=0, 1, ..., or leave seeds out and make all calls "
+                    "within one `with noise.seeds(seed, ids):`. Where it is meant to be the same, say draw=0."
+                )
+        return context
 
 
 def part(seeds: Seeds, first: int, stop: int) -> Seeds:

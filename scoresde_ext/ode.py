@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from . import graphs, integrate, noise, ops
+from .callers import say_no_gradient, untraced
 from .checks import bad_rows, check_eps, check_latent, check_shape, check_tolerances, name_rows
 from .flow import ProbabilityFlow
 from .integrate import Finished, Solution, SolverError, Status, Stream, time_vector
-from .integrate.results import describe
+from .integrate.results import NOISY, describe
 from .integrate.run import column
 from .models.utils import ScoreFunction, score_function
 from .predictors import ReverseDiffusionPredictor
@@ -54,8 +55,9 @@ def get_ode_sampler(
     progress: bool = False,
     graph: str = "auto",
 ) -> OdeSampler:
-    """``sampler(model, z=None)`` -> ``(samples, nfe)``: the probability-flow ODE from T to eps (Song et al. 2021,
-    section 4.3, eq. 13). ``sampler.solve(model, z=None)`` -> the :class:`integrate.Solution`, ``y`` being the samples.
+    """``sampler(model, z=None, draw=None)`` -> ``(samples, nfe)``: the probability-flow ODE from T to eps (Song et al.
+    2021, section 4.3, eq. 13). ``sampler.solve(model, z=None, draw=None)`` -> the :class:`integrate.Solution`, ``y``
+    being the samples.
 
     Args:
         sde: the forward SDE.
@@ -70,13 +72,14 @@ def get_ode_sampler(
         device: where to sample.
         control, coordinate, order, steps, grid, max_steps, on_failure: as in :func:`integrate.solve`.
         seeds: None: torch's generator; an integer: sample b of the prior is stream b of this seed; ``(seed, ids)``:
-            stream ``ids[b]``.
+            stream ``ids[b]``. The prior is then the same in every call; ``draw=k`` gives call k one of its own.
         progress: a progress bar on a terminal.
         graph: on a GPU, how the loop over the steps is run, as in :func:`integrate.solve`; but ``auto`` captures a step
             where the network is a module, and keeps it for the next call. A captured network is run as it was at its
             capture: what it reads besides parameters, buffers and plain attributes must not change.
 
-    ``z`` is the state at T, ``(B, *)``, float32 or float64 and kept so; None draws it from the prior.
+    ``z`` is the state at T, ``(B, *)``, float32 or float64 and kept so; None draws it from the prior. No gradient is
+    recorded; a warning says so where ``z`` wants one.
 
     Raises:
         ValueError: an argument is wrong; before any evaluation.
@@ -121,17 +124,20 @@ class OdeSampler:
     ) -> None:
         self.sde, self.shape, self.inverse_scaler, self.denoise = sde, shape, inverse_scaler, denoise
         self.method, self.eps, self.device, self.seeds, self.options = method, eps, device, seeds, options
-        self.cache = graphs.Cache()
+        self.cache, self.draws = graphs.Cache(), noise.Draws(seeds)
 
-    def __call__(self, model: Any, z: Tensor | None = None) -> tuple[Tensor, int]:
-        solution = self._run(model, z)
+    @untraced
+    def __call__(self, model: Any, z: Tensor | None = None, *, draw: int | None = None) -> tuple[Tensor, int]:
+        solution = self._run(model, z, draw)
         return solution.y, solution.nfe
 
-    def solve(self, model: Any, z: Tensor | None = None) -> Solution:
+    @untraced
+    def solve(self, model: Any, z: Tensor | None = None, *, draw: int | None = None) -> Solution:
         """The samples with what they took."""
-        return self._run(model, z)
+        return self._run(model, z, draw)
 
-    def stream(self, model: Any, slots: int) -> Stream:
+    @untraced
+    def stream(self, model: Any, slots: int, *, draw: int = 0) -> Stream:
         """The samples one by one, ``slots`` at a time, see :func:`integrate.stream`: for an adaptive method of ours
         under ``control='per_sample'``. A sample that fails is NaN and has its status; nothing is raised for it."""
         if self.options["control"] != "per_sample":
@@ -140,7 +146,7 @@ class OdeSampler:
         flow, span = ProbabilityFlow(self.sde, score_fn), (self.sde.T, self.eps)
 
         def source(first: int, stop: int) -> Tensor:
-            with noise.seeded(noise.part(self.seeds, first, stop), stop - first):
+            with noise.seeded(noise.part(self.seeds, first, stop), stop - first, draw):
                 return noise.prior(self.sde, (stop - first, *self.shape[1:]), self.device)
 
         @torch.no_grad()
@@ -156,13 +162,15 @@ class OdeSampler:
         stream.after = after
         return stream
 
-    def _run(self, model: Any, z: Tensor | None) -> Solution:
+    def _run(self, model: Any, z: Tensor | None, draw: int | None) -> Solution:
         score_fn = _score_fn(self.sde, model)
         if z is None:
-            with noise.seeded(self.seeds, self.shape[0]):
+            with self.draws(self.shape[0], draw):
                 z = noise.prior(self.sde, self.shape, self.device)
         else:
             check_latent(z, self.shape, self.device)
+            say_no_gradient("z", z)
+            z = z.detach()
         flow, span = ProbabilityFlow(self.sde, score_fn), (self.sde.T, self.eps)
         cause: BaseException | None = None
         try:
@@ -190,9 +198,8 @@ class OdeSampler:
         except Exception as raised:
             y, cause = torch.full_like(x, math.nan), raised
             status = torch.where(status == Status.SUCCESS, int(Status.RAISED), status).to(status.dtype)
-        message = describe(
-            status.cpu(), solution.t.cpu(), (self.sde.T, self.eps), solution.nfe, self.options["max_steps"], cause
-        )
+        span, max_steps, noisy = (self.sde.T, self.eps), self.options["max_steps"], NOISY in solution.message
+        message = describe(status.cpu(), solution.t.cpu(), span, solution.nfe, max_steps, cause, noisy)
         return replace(solution, y=(y,), status=status, message=message), cause
 
     @torch.no_grad()
@@ -247,8 +254,7 @@ def _uses_tf32(network: Any) -> bool:
     """Whether float32 products on a GPU are rounded to TF32: matrix products on request, convolutions by default."""
     if torch.get_float32_matmul_precision() != "highest":
         return True
-    model = getattr(network, "model", None)
-    modules = model.modules() if isinstance(model, torch.nn.Module) else ()
+    modules = (m for module in getattr(network, "modules", ()) for m in module.modules())
     return torch.backends.cudnn.allow_tf32 and any(isinstance(m, torch.nn.modules.conv._ConvNd) for m in modules)
 
 

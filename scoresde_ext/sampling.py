@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import graphs, noise, sde_lib
+from .callers import untraced
 from .checks import bad_rows, check_corrector, check_eps, check_shape, name_rows
 from .grids import Grid, calibrate_grid
 from .integrate import SolverError, time_vector
@@ -234,8 +235,8 @@ def get_pc_sampler(
     progress: bool = False,
     graph: str = "auto",
 ) -> PcSampler:
-    """``sampler(model)`` -> ``(samples, N (n_steps + 1))``: predictor-corrector sampling (Song et al. 2021, algorithm
-    1).
+    """``sampler(model, draw=None)`` -> ``(samples, N (n_steps + 1))``: predictor-corrector sampling (Song et al. 2021,
+    algorithm 1).
 
     Args:
         sde: the forward SDE; its N is the number of steps.
@@ -250,8 +251,8 @@ def get_pc_sampler(
         eps: last time.
         device: where to sample.
         seeds: a seed, of which sample b is stream b, or ``(seed, ids)``, with stream ``ids[b]``: the same samples
-            every time, at any batch size for correctors that do not average over the batch. None: the source of noise
-            in force, by default torch's generator.
+            every time, at any batch size for correctors that do not average over the batch; ``draw=k`` gives call k
+            noise of its own. None: the source of noise in force, by default torch's generator.
         grid: times from T to eps, of any number, in place of N equal steps. Predictors then step from each time to the
             next by the SDE's own transition, and from eps to the data (where N equal steps end with one of T/N).
         on_failure: ``raise`` a SolverError, or ``status``: return the samples with NaN or Inf as they are.
@@ -272,7 +273,7 @@ def get_pc_sampler(
     if on_failure not in ("raise", "status"):
         raise ValueError(f"on_failure: expected one of raise, status, got {on_failure!r}.")
     times = check_grid(grid, sde, predictor, eps, continuous)
-    noise.seeded(seeds, shape[0])
+    noise.seeded(seeds, shape[0])  # wrong seeds are refused now
     graphs.check(graph, device)
     steps = (predictor, corrector, snr, n_steps, probability_flow, continuous)
     return PcSampler(sde, shape, steps, inverse_scaler, denoise, eps, device, seeds, times, on_failure, progress, graph)
@@ -298,11 +299,12 @@ class PcSampler:
     ) -> None:
         self.sde, self.shape, self.steps, self.inverse_scaler, self.denoise = sde, shape, steps, inverse_scaler, denoise
         self.eps, self.device, self.seeds, self.times, self.progress = eps, device, seeds, times, progress
-        self.on_failure = on_failure
+        self.on_failure, self.draws = on_failure, noise.Draws(seeds)
         self.asked, self.cache, self.graph = graph, graphs.Cache(), graphs.ON_CPU
 
-    def __call__(self, model: Any) -> tuple[Tensor, int]:
-        with torch.no_grad(), noise.seeded(self.seeds, self.shape[0]):
+    @untraced
+    def __call__(self, model: Any, *, draw: int | None = None) -> tuple[Tensor, int]:
+        with torch.no_grad(), self.draws(self.shape[0], draw):
             loop = PCLoop(self.sde, model, *self.steps)
             x = noise.prior(self.sde, self.shape, self.device)
             with noise.run(x.device):

@@ -16,6 +16,7 @@ is tried and rejected does not disturb the path either.
 
 from __future__ import annotations
 
+import functools
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +29,7 @@ import torch
 from torch import Tensor
 
 from . import noise, ops
+from .callers import say_no_gradient, untraced
 from .checks import check_eps, check_latent, check_shape, check_tolerances
 from .flow import ProbabilityFlow
 from .integrate import Solution, SolverError, Status, Stream
@@ -62,8 +64,8 @@ def get_sde_sampler(
     on_failure: str = "raise",
     progress: bool = False,
 ) -> SdeSampler:
-    """``sampler(model, z=None)`` -> ``(samples, nfe)``: samples of the reverse-time SDE from T to eps.
-    ``sampler.solve(model, z=None)`` -> the :class:`integrate.Solution`, ``y`` being the samples.
+    """``sampler(model, z=None, draw=None)`` -> ``(samples, nfe)``: samples of the reverse-time SDE from T to eps.
+    ``sampler.solve(model, z=None, draw=None)`` -> the :class:`integrate.Solution`, ``y`` being the samples.
 
     Methods, with one evaluation a step:
 
@@ -92,7 +94,8 @@ def get_sde_sampler(
         eps: last time.
         denoise: end with the prediction of the data at eps, which takes ``steps`` one evaluation more.
         seeds: a seed, of which sample b is stream b, or ``(seed, ids)``, with stream ``ids[b]``: the same samples every
-            time, in any batch. None: the source of noise in force, by default torch's generator.
+            time, in any batch; ``draw=k`` gives call k noise of its own. None: the source of noise in force, by default
+            torch's generator.
         device: where to sample.
         on_failure: ``raise`` a :class:`SolverError`, or return NaN in the samples that failed.
         progress: a progress bar on a terminal.
@@ -121,15 +124,32 @@ def get_sde_sampler(
         raise ValueError(f"sde: expected an AffineSDE, which says what its transitions are, got {type(sde).__name__}.")
     _times(process, eps, method, steps, grid)  # wrong ones are refused now
 
-    def make_run(flow: ProbabilityFlow, x: Tensor) -> Run:
-        problem = ((float(sde.T), float(eps)), (x,), False, max_steps, None, progress)
-        times = _times(flow.sde, eps, method, steps, grid)  # type: ignore[arg-type]
-        if times is None:
-            check_tolerances(rtol, atol, x)
-            return Adaptive(order, rtol, atol, denoise, flow, *problem)
-        return FixedSteps(times, order, method == "unipc_sde", denoise, flow, *problem)
-
+    make_run = functools.partial(
+        _make_run, method, steps, grid, order, rtol, atol, denoise, (float(sde.T), float(eps)), max_steps, progress
+    )
     return SdeSampler(sde, shape, inverse_scaler, make_run, seeds, device, on_failure)
+
+
+def _make_run(
+    method: str,
+    steps: int | None,
+    grid: Any,
+    order: int,
+    rtol: float,
+    atol: float,
+    denoise: bool,
+    span: tuple[float, float],
+    max_steps: int,
+    progress: bool,
+    flow: ProbabilityFlow,
+    x: Tensor,
+) -> Run:
+    problem = (span, (x,), False, max_steps, None, progress)
+    times = _times(flow.sde, span[1], method, steps, grid)  # type: ignore[arg-type]
+    if times is None:
+        check_tolerances(rtol, atol, x)
+        return Adaptive(order, rtol, atol, denoise, flow, *problem)
+    return FixedSteps(times, order, method == "unipc_sde", denoise, flow, *problem)
 
 
 def _times(sde: AffineSDE, eps: float, method: str, steps: int | None, grid: Any) -> list[float] | None:
@@ -163,19 +183,22 @@ class SdeSampler:
         on_failure: str,
     ) -> None:
         self.sde, self.shape, self.inverse_scaler, self.make_run = sde, shape, inverse_scaler, make_run
-        self.seeds, self.device, self.on_failure = seeds, device, on_failure
+        self.seeds, self.device, self.on_failure, self.draws = seeds, device, on_failure, noise.Draws(seeds)
 
-    def __call__(self, model: Any, z: Tensor | None = None) -> tuple[Tensor, int]:
-        solution = self.solve(model, z)
+    @untraced
+    def __call__(self, model: Any, z: Tensor | None = None, *, draw: int | None = None) -> tuple[Tensor, int]:
+        solution = self.solve(model, z, draw=draw)
         return solution.y, solution.nfe
 
-    def solve(self, model: Any, z: Tensor | None = None) -> Solution:
+    @untraced
+    def solve(self, model: Any, z: Tensor | None = None, *, draw: int | None = None) -> Solution:
         """The samples with what they took."""
         flow = ProbabilityFlow(self.sde, score_function(self.sde, model, False, True))
         flow.require_affine("get_sde_sampler")
         if z is not None:
             check_latent(z, self.shape, self.device)
-        with torch.no_grad(), noise.seeded(self.seeds, self.shape[0]):
+            say_no_gradient("z", z)
+        with torch.no_grad(), self.draws(self.shape[0], draw):
             x = noise.prior(self.sde, self.shape, self.device) if z is None else z.detach().contiguous()
             run = self.make_run(flow, x)
             with noise.run(x.device):
@@ -185,7 +208,8 @@ class SdeSampler:
             raise SolverError(solution.message, solution) from run.error
         return solution
 
-    def stream(self, model: Any, slots: int) -> Stream:
+    @untraced
+    def stream(self, model: Any, slots: int, *, draw: int = 0) -> Stream:
         """The samples of ``adaptive`` one by one, ``slots`` at a time, as :meth:`solve` would give them under
         ``seeds``; the slot of a finished sample goes to the next. One that fails is NaN and has its status; nothing is
         raised for it. See :func:`scoresde_ext.integrate.stream`."""
@@ -193,7 +217,7 @@ class SdeSampler:
         flow.require_affine("get_sde_sampler")
 
         def begin(first: int, stop: int) -> tuple[Run, None]:
-            with noise.seeded(noise.part(self.seeds, first, stop), stop - first):
+            with noise.seeded(noise.part(self.seeds, first, stop), stop - first, draw):
                 x = noise.prior(self.sde, (stop - first, *self.shape[1:]), self.device)
                 run = self.make_run(flow, x)
                 if not isinstance(run, Adaptive):

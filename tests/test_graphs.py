@@ -214,14 +214,41 @@ def test_spent_steps_are_the_hosts(options: dict[str, Any], monkeypatch: pytest.
 def test_auto(device: FakeDevice) -> None:
     net = Net()
     assert make().solve(net, z()).graph.mode == "while"
-    assert "torch.nn.Module" in make().solve(lambda x, t: net(x, t), z()).graph.why
-    assert make("replay").solve(lambda x, t: net(x, t), z()).graph == ("replay", "asked for")
+    assert "torch.nn.Module" in make().solve(lambda x, t: -x, z()).graph.why
+    assert make("replay").solve(lambda x, t: -x, z()).graph == ("replay", "asked for")
     solution = integrate.solve(lambda t, y: -y, (0.0, 1.0), z())
     assert solution.graph.mode == "off"
     device.missing = "the driver is of CUDA 12.2, 12.4 is needed"
     assert make().solve(net, z()).graph == ("replay", device.missing)
     with pytest.warns(UserWarning, match="'while' is replaced by 'replay', for the driver is of CUDA 12.2"):
         assert make("while").solve(net, z()).graph.mode == "replay"
+
+
+def test_a_function_around_a_module_is_captured_like_the_module(device: FakeDevice) -> None:
+    """One with the same code that holds the same is the same; another tensor, number or module is another."""
+    net, sampler, shift = Net(), make(), torch.zeros(3)
+
+    def network(net: nn.Module, shift: Tensor, scale: float) -> Any:
+        return lambda x, t: scale * net(x, t) + shift
+
+    def run(*held: Any) -> int:
+        assert sampler.solve(network(*held), z()).graph.mode == "while"
+        return len(sampler.cache.kept)
+
+    assert [run(net, shift, 1.0), run(net, shift, 1.0)] == [1, 1]
+    assert [run(net, shift, 2.0), run(net, shift + 1, 1.0), run(Net(), shift, 1.0)] == [2, 3, 4]
+    assert torch.equal(sampler.solve(network(net, shift + 1, 1.0), z()).y, sampler.solve(Shifted(net), z()).y)
+    generator = torch.Generator()  # what it would do at each step is not known
+    assert "torch.nn.Module" in sampler.solve(lambda x, t: net(x, t) * (generator is not None), z()).graph.why
+
+
+class Shifted(nn.Module):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.net(x, t) + 1
 
 
 def test_the_cpu_has_no_graphs() -> None:

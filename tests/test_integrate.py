@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -295,6 +296,7 @@ def test_input_is_not_modified_and_not_returned() -> None:
             torch.testing.assert_close(solution.y, before * math.exp(-1), rtol=3e-2, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:.*a gradient is wanted")
 @every_method
 def test_no_gradient_is_recorded(method: str) -> None:
     weight = torch.nn.Parameter(torch.tensor(-1.0))
@@ -308,7 +310,8 @@ def test_no_gradient_is_recorded(method: str) -> None:
             return weight * y
 
     solution = solve(f, (0.0, 1.0), y0, method, **steps_of(method))
-    assert not any(modes) and not solution.y.requires_grad
+    # The first evaluation shows whether f wants one: see below.
+    assert modes[0] and not any(modes[1:]) and not solution.y.requires_grad
     assert torch.is_grad_enabled() and y0.requires_grad
 
 
@@ -530,3 +533,79 @@ def test_tableaus_are_consistent() -> None:
         assert [len(row) for row in tableau.a] == list(range(len(tableau.c)))
     with pytest.raises(AttributeError):
         replace(integrate.RK45).order = 3
+
+
+# --- times that float32 does not tell apart ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"method": "DOP853"}, {"method": "rk4", "steps": 100}, {"control": "per_sample"}], ids=str
+)
+def test_far_from_zero(options: dict[str, Any], dtype: torch.dtype) -> None:
+    """From 1e6 to 1e6 + 1, float32 has 16 times: f gets float64, and may answer so."""
+    seen = set()
+
+    def f(t: Tensor, y: Tensor) -> Tensor:
+        seen.add(t.dtype)
+        return torch.cos(t - 1e6)[:, None] * y
+
+    solution = integrate.solve(f, (1e6, 1e6 + 1), torch.ones((2, 1), dtype=dtype), rtol=1e-6, atol=1e-6, **options)
+    assert solution.y.dtype == dtype and seen == {torch.float64}
+    assert (solution.y / math.exp(math.sin(1.0)) - 1).abs().max() < 3e-6
+
+
+@pytest.mark.parametrize(
+    ("span", "dtype"),
+    [
+        ((1.0, 1e-3), torch.float32),
+        ((16.0, 17.0), torch.float32),
+        ((-100.0, -99.0), torch.float64),
+        ((1000.0, 1000.5), torch.float64),
+    ],
+)
+def test_times_are_float32_where_that_is_enough(span: tuple[float, float], dtype: torch.dtype) -> None:
+    seen = set()
+    integrate.solve(lambda t, y: seen.add(t.dtype) or -y, span, torch.ones(2, 1))
+    assert seen == {dtype}
+
+
+# --- gradients -----------------------------------------------------------------------------------------------------
+
+
+def test_a_gradient_that_is_not_recorded_is_said() -> None:
+    """In the parameters of f, in y0, and in tuples; once for a line of the caller's."""
+    matrix = torch.eye(2).requires_grad_()
+
+    def f(t: Tensor, y: Tensor) -> Tensor:
+        return y @ matrix
+
+    y0, span = torch.ones(3, 2), (0.0, 1.0)
+    for name, call in {
+        "f": lambda: integrate.solve(f, span, y0).y,
+        "f of several": lambda: integrate.solve(lambda t, ys: (f(t, ys[0]), -ys[1]), span, (y0, y0)).y[0],
+        "y0": lambda: integrate.solve(lambda t, y: -y, span, y0.clone().requires_grad_(), control="per_sample").y,
+        "f of a stream": lambda: next(iter(integrate.stream(f, span, lambda i, j: y0[i:j], 3, 3))).y,
+    }.items():
+        with pytest.warns(UserWarning, match=rf"^{name[:2].strip()}: a gradient is wanted .* none is recorded") as said:
+            assert not call().requires_grad
+        assert [warning.filename for warning in said] == [__file__], name
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            call()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            integrate.solve(f, span, y0)
+    assert len(said) == 1
+
+
+def test_f_is_evaluated_as_often_where_gradients_are_recorded() -> None:
+    calls = []
+
+    def f(t: Tensor, y: Tensor) -> Tensor:
+        calls.append(torch.is_grad_enabled())
+        return -y
+
+    solution = integrate.solve(f, (0.0, 1.0), torch.ones(3, 2))
+    assert calls == [True, *[False] * (solution.nfe - 1)]

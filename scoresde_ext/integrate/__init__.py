@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from .. import graphs
+from ..callers import say_no_gradient, untraced
 from ..checks import check_state, check_tolerances
-from .drift import Drift, Function, Terms, Time, time_vector
+from .drift import Drift, Function, Terms, Time, needs_double, time_vector
 from .multistep import MULTISTEP, Adaptive, AdaptiveOnHost, CalibratedGrid, FixedGrid, Flow, grid_tables
 from .refill import Finished, Stream
 from .results import Solution, SolverError, Status
@@ -50,6 +51,7 @@ CONTROLS = ("joint", "per_sample")
 COORDINATES = ("t", "angle")
 
 
+@untraced
 def solve(
     f: Callable[..., Any] | Drift,
     t_span: tuple[float, float],
@@ -83,11 +85,14 @@ def solve(
     there.
 
     Args:
-        f: ``f(t, y)`` with ``t`` of shape ``(B,)`` (float32, or float64 for a float64 state) returning the derivative,
-            shape and dtype of ``y``; or a :class:`Drift`.
+        f: ``f(t, y)`` with ``t`` of shape ``(B,)`` returning the derivative, shape and dtype of ``y``; or a
+            :class:`Drift`. ``t`` is float32; float64 for a float64 state, and where float32 has too few numbers within
+            ``t_span``, as it has from 1e6 to 1e6 + 1 (the derivative may then be float64 too). ``f`` may write to what
+            it gets.
         t_span: start and end.
         y0: ``(B, *)``, or a tuple of such arrays with one B that form the state together (``f`` then takes and returns
-            tuples). float32 or float64 is kept; no gradient is recorded.
+            tuples). float32 or float64 is kept. No gradient is recorded; where ``y0`` or what ``f`` returns wants
+            one and the caller records gradients, a warning says so.
         method: ``RK23 RK45 DOP853`` (adaptive), ``euler midpoint heun rk4`` (fixed steps), or a :class:`Tableau`. For
             the :class:`scoresde_ext.flow.ProbabilityFlow` of an affine SDE also ``unipc`` (adaptive, or in fixed steps)
             and ``dpmpp_2m`` (fixed steps), which evaluate once a step.
@@ -140,10 +145,12 @@ def solve(
         pi=pi,
         progress=progress,
         graph=graph,
+        grads=torch.is_grad_enabled(),
     )
     return run.solve(on_failure, angle)
 
 
+@untraced
 def stream(
     f: Callable[..., Any] | Drift,
     t_span: tuple[float, float],
@@ -175,9 +182,12 @@ def stream(
     if taken:
         raise ValueError(f"{taken[0]}: a stream takes an adaptive method with one step size a sample. Leave it out.")
 
+    grads = [torch.is_grad_enabled()]  # for the first samples
+
     def begin(first: int, stop: int) -> tuple[Any, Any]:
         run: Any
-        run, angle = prepare(f, t_span, source(first, stop), method, control="per_sample", **options)
+        asked = grads.pop() if grads else False
+        run, angle = prepare(f, t_span, source(first, stop), method, control="per_sample", grads=asked, **options)
         run.begin()
         return run, angle
 
@@ -203,8 +213,10 @@ def prepare(
     pi: bool = False,
     progress: bool = False,
     graph: str | graphs.Plan = "auto",
+    grads: bool = False,
 ) -> tuple[Run, Any]:
-    """The run that :func:`solve` asks for, and the flow in the angle where that is its coordinate."""
+    """The run that :func:`solve` asks for, and the flow in the angle where that is its coordinate. ``grads``: whether
+    the caller records gradients."""
     packed = isinstance(y0, tuple)
     ys = y0 if isinstance(y0, tuple) else (y0,)
     _check_problem(f, t_span, ys)
@@ -224,6 +236,8 @@ def prepare(
     wanted = None if t_eval is None else _check_t_eval(t_eval, start, end)
     if not fixed:
         check_tolerances(rtol, atol, *ys)
+    if grads:
+        say_no_gradient("y0", *ys)
     ys = tuple(y.detach().contiguous() for y in ys)
     problem = ((start, end), ys, packed, max_steps)
     per_sample = control == "per_sample"
@@ -249,7 +263,7 @@ def prepare(
         raise ValueError(f"t_eval: {method!r} has no interpolation as accurate as its steps. Use RK45 or unipc.")
     if not (tableau.errors or fixed):
         raise ValueError(f"steps: expected a number of steps, or a grid, for the fixed-step method {method!r}.")
-    drift: Drift = f if hasattr(f, "terms") else Function(f, packed)
+    drift: Drift = f if hasattr(f, "terms") else Function(f, packed, needs_double(start, end), grads)
     angle = None
     if coordinate == "angle":
         if not hasattr(f, "in_angle"):

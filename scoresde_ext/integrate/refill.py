@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..callers import untraced
 from .results import RUNNING
 from .run import Raised, column
 
@@ -99,6 +100,7 @@ class Stream:
                 select(run, left.to(run.status.device))
                 rows = rows[left]
 
+    @untraced
     def begin(self) -> tuple[Any, Any]:
         """The next samples, as many as there are slots, at their start; with the flow in the angle."""
         first, self.begun = self.begun, min(self.begun + self.slots, self.count)
@@ -107,6 +109,7 @@ class Stream:
         self.account(run, run.nfe)
         return run, angle
 
+    @untraced
     def step(self, run: Any) -> None:
         before = run.nfe
         with _handing_on(), torch.no_grad():
@@ -119,6 +122,7 @@ class Stream:
         self.nfe += evaluations
         self.computed += evaluations * len(run.status)
 
+    @untraced
     def collect(self, run: Any, angle: Any, slots: Tensor, rows: Tensor) -> Finished:
         """Those in ``slots``, which are empty then."""
         at = slots.to(run.status.device)
@@ -133,6 +137,7 @@ class Stream:
         self.needed += int(evaluations.sum())
         return Finished(ended, ys if run.packed else ys[0], reached, status, evaluations)
 
+    @untraced
     def refill(self, run: Any, empty: Tensor, rows: Tensor) -> Tensor:
         """Puts waiting samples into the ``empty`` slots, as far as there are any. Returns which slots hold a sample
         that failed as it began."""

@@ -33,6 +33,12 @@ REASONS = {
 }
 
 
+NOISY = (
+    "Dropout is on, the network draws random numbers, or its kernels are not deterministic. Step control takes such "
+    "noise for errors, and makes ever smaller steps. Switch it off, use fixed steps (steps=...), or looser tolerances."
+)
+
+
 @dataclass(frozen=True)
 class Solution:
     """What :func:`solve` reached.
@@ -85,9 +91,15 @@ class SolverError(RuntimeError):
 
 
 def describe(
-    status: Tensor, t: Tensor, span: tuple[float, float], nfe: int, max_steps: int, error: BaseException | None
+    status: Tensor,
+    t: Tensor,
+    span: tuple[float, float],
+    nfe: int,
+    max_steps: int,
+    error: BaseException | None,
+    noisy: bool = False,
 ) -> str:
-    """The end of an integration in words."""
+    """The end of an integration in words; ``noisy``: whether two evaluations of the same differ."""
     if not bool(status.any()):
         return "reached the end of the interval"
     parts = []
@@ -102,4 +114,7 @@ def describe(
             why = reason.format(max_steps=max_steps, error=f"{type(error).__name__}: {error}")
             parts.append(f"{named}: {why}")
     start, end = span
-    return f"The integration from t = {start:g} to {end:g} failed, after {nfe} evaluations, in " + "; in ".join(parts)
+    message = f"The integration from t = {start:g} to {end:g} failed, after {nfe} evaluations, in " + "; in ".join(
+        parts
+    )
+    return f"{message}. Two evaluations of the same state and time differ. {NOISY}" if noisy else message

@@ -12,15 +12,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .. import graphs, ops
+from ..callers import warn
 from ..checks import finite
 from .drift import Drift, Terms, Time
-from .results import RUNNING, Solution, SolverError, Status, describe
+from .results import NOISY, RUNNING, Solution, SolverError, Status, describe
 
 State = tuple[Tensor, ...]
 
 
 class Raised(Exception):
     """The right-hand side raised what is in ``__cause__``."""
+
+
+LOOK = 64  # evaluations between two looks for noise
+IN_A_ROW, MANY = 8, 256  # steps rejected one after another, or steps, after which there may be some: seldom without
 
 
 class Run:
@@ -52,6 +57,7 @@ class Run:
         self.reached = torch.full((batch,), self.start, dtype=torch.float64, device=device)
         self.evaluations, self.n_accepted, self.n_rejected = torch.zeros((3, batch), dtype=torch.int64, device=device)
         self.nfe = 0
+        self.next_look, self.looked, self.noisy = LOOK, False, False
         self.error: BaseException | None = None
         self.times: list[Time] = [self.start]
         self.step_sizes: list[Time] = []
@@ -78,11 +84,39 @@ class Run:
         """One evaluation."""
         self.nfe += 1
         try:
+            if self.nfe == self.next_look:
+                self.next_look += LOOK
+                # A device is not waited for.
+                if graphs.backend_of(self.status.device) is None and self.struggles(self.error_norms[-2 * LOOK :]):
+                    self.look_for_noise(function, args)
             return function(*args)
         except Exception as error:
             if self.nfe == 1:  # nothing has been reached: the caller sees the error itself
                 raise
             raise Raised from error
+
+    def look_for_noise(self, function: Callable[..., Any], args: Any) -> None:
+        """A warning where two evaluations of the same differ. They are made once, and not counted."""
+        self.looked = True
+        try:
+            first, second = ([v.double().clone() for v in _outputs(function(*args))] for _ in range(2))
+        except Exception:  # that is said where it matters
+            return
+        change = max(_size(b - a) / (_size(a) + 1e-300) for a, b in zip(first, second, strict=True))
+        if change > 0.01 * max(getattr(self, "rtol", 0.0), getattr(self, "atol", 0.0)):
+            self.noisy = True
+            warn(
+                f"Two evaluations of the same state and time differ by {change:.1g} of their size. {NOISY} "
+                f"({self.nfe} evaluations so far)"
+            )
+
+    def struggles(self, norms: Sequence[Any]) -> bool:
+        """Whether steps are rejected again and again. One that is tried again mostly succeeds, as its error falls with
+        a power of its size; noise falls with the size alone."""
+        if len(norms) < IN_A_ROW or self.looked:
+            return False
+        rejected = torch.stack([torch.as_tensor(norm).reshape(-1) for norm in norms]) >= 1.0
+        return bool(rejected.unfold(0, IN_A_ROW, 1).all(-1).any()) or len(self.error_norms) >= MANY
 
     def between_steps(self) -> None:
         """What the host has to do between two steps that a device makes."""
@@ -123,7 +157,7 @@ class Run:
             for y, at in zip(dense[0] if dense else (), self.t_eval, strict=True):
                 y.copy_(angle.leave(y, at))
             reached, times, span = angle.times(reached), angle.times(times), angle.span
-        message = describe(self.status.cpu(), reached.cpu(), span, self.nfe, self.max_steps, self.error)
+        message = describe(self.status.cpu(), reached.cpu(), span, self.nfe, self.max_steps, self.error, self.noisy)
         if bool(failed.any()):
             ys = tuple(y.masked_fill(column(failed, y), math.nan) for y in ys)
         return Solution(
@@ -147,6 +181,10 @@ class Run:
         with torch.no_grad(), self.bar or nullcontext():
             try:
                 self.integrate()
+                stuck = bool(((self.status == Status.MAX_STEPS) | (self.status == Status.STEP_SIZE)).any())
+                on_device = graphs.backend_of(self.status.device) is not None
+                if not self.looked and (stuck or (on_device and self.struggles(self.error_norms))):
+                    self.look_for_noise(self.drift.terms, (self.start, self.y0))
             except Raised as raised:
                 self.error = raised.__cause__
                 self.end_as(self.running, Status.RAISED)
@@ -157,6 +195,14 @@ class Run:
 
     def integrate(self) -> None:
         raise NotImplementedError
+
+
+def _outputs(result: Any) -> tuple[Tensor, ...]:
+    return (result,) if isinstance(result, Tensor) else tuple(term.out for term in result)
+
+
+def _size(v: Tensor) -> float:
+    return math.sqrt(float(v.nan_to_num(0.0, 0.0, 0.0).square().sum()))
 
 
 def _log(values: list[Any], like: Tensor) -> Tensor:

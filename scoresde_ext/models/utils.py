@@ -5,20 +5,21 @@ from __future__ import annotations
 import inspect
 import math
 import sys
+import weakref
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from .. import sde_lib
 from .._C import host
+from ..callers import warn
 from ..checks import check_inputs, traced
-from ..integrate.drift import time_vector
+from ..integrate.drift import Lent, time_vector
+from ..reach import Network, modules_of, same_modules_of
 from ..reference import rows
-
-Network = Callable[[Tensor, Tensor], Tensor]
 
 _MODELS: dict[str, type] = {}
 
@@ -97,32 +98,107 @@ def create_model(config: Any) -> nn.Module:
 
 
 def set_mode(model: Network, train: bool) -> None:
-    """Training or evaluation mode for the whole network. Called once a run: the walk over all modules costs
-    milliseconds."""
-    if isinstance(model, nn.Module):
-        model.train(train)
+    """Training or evaluation mode for the whole network, where it is in the other. Called once a run: the walk over all
+    modules costs milliseconds.
+
+    For a function, it is the mode of the modules that it reaches, see :mod:`scoresde_ext.reach`; training mode only
+    that of modules with a parameter to train: a teacher whose weights are frozen stays as it is.
+    """
+    for module in modules_of(model):
+        if _has_mode(module, model, train) and not all(_in_mode(m, train) for m in module.modules()):
+            _switch(module, train)
 
 
 def ensure_mode(model: Network, train: bool) -> None:
-    """Like :func:`set_mode`, but only where the network is in the other mode: for what is called every training
-    step."""
-    if isinstance(model, nn.Module) and model.training != train:
-        model.train(train)
+    """Like :func:`set_mode`, for what is called every training step: it looks at the outermost modules alone."""
+    for module in same_modules_of(model):
+        if not _in_mode(module, train) and _has_mode(module, model, train):
+            _switch(module, train)
+
+
+def _in_mode(module: nn.Module, train: bool) -> bool:
+    """Whether a module says so. What torch.export made has a ``train`` of its own, and says anything; a frozen
+    ScriptModule says nothing."""
+    return getattr(module, "training", train) == train and "train" not in vars(module)
+
+
+def _has_mode(module: nn.Module, model: Network, train: bool) -> bool:
+    """Whether a module that the network reaches takes part in this mode."""
+    return not train or module is model or any(p.requires_grad for p in module.parameters())
+
+
+def _switch(module: nn.Module, train: bool) -> None:
+    try:
+        module.train(train)
+    except (NotImplementedError, RuntimeError) as error:
+        parts = () if isinstance(module, fx.GraphModule) else tuple(module.children())
+        for part in parts:  # one of them has only one mode: the others take theirs
+            _switch(part, train)
+        if parts:
+            module.training = train
+        else:
+            _say_that_it_stays(module, train, error)
+
+
+_looked_at: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+
+
+def _say_that_it_stays(module: nn.Module, train: bool, error: Exception) -> None:
+    """A warning, once, where a module has one mode only and that makes a difference."""
+    if _looked_at.get(module) == train:
+        return
+    _looked_at[module] = train
+    asked, other = ("training", "evaluation") if train else ("evaluation", "training")
+    if not isinstance(module, fx.GraphModule):
+        what = f"its part {type(module).__name__}"
+        warn(f"model: {what} cannot be put into {asked} mode ({error}). It stays as it is.")
+    elif _recorded_in(module, not train):
+        warn(
+            f"model: it was exported in {other} mode and stays in it, with its dropout and batch norm. Export it again "
+            f"from a network in {asked} mode."
+        )
+
+
+def _recorded_in(module: fx.GraphModule, train: bool) -> bool:
+    """Whether the graph of an exported module has an operation that was recorded in this mode and has another."""
+    for node in module.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        names = [argument.name for argument in schema.arguments] if schema is not None else []
+        values = dict(zip(names, node.args, strict=False)) | node.kwargs
+        mode = values.get("train", values.get("training"))
+        # Without running statistics, batch norm is the same in both modes; so is dropout of nothing.
+        if mode is train and values.get("running_mean", module) is not None and values.get("p") != 0:
+            return True
+    return False
 
 
 def get_model_fn(model: Network, train: bool = False) -> Callable[[Tensor, Tensor], Tensor]:
     """``model_fn(x, labels)``: the network in the mode asked for. A plain function is accepted as a network."""
+    return _network(model, train)
+
+
+def _network(model: Network, train: bool, each_step: bool = False) -> CheckedNetwork:
+    """:func:`get_model_fn`, once a run or, by what is remembered of a network, at ``each_step`` of training."""
+    if each_step:
+        ensure_mode(model, train)
+        return CheckedNetwork(model)
     set_mode(model, train)
-    return CheckedNetwork(model)
+    # What trains has no use for its inputs afterwards.
+    return CheckedNetwork(model, modules_of(model), lent=not train)
 
 
 class CheckedNetwork:
-    """A network that is given inputs in the dtype of its own parameters, and whose output is checked."""
+    """A network that is given inputs in the dtype of its own parameters, and whose output is checked.
 
-    def __init__(self, model: Network) -> None:
-        self.model = model
-        parameters = model.parameters() if isinstance(model, nn.Module) else ()
-        self.dtype = next((p.dtype for p in parameters if p.is_floating_point()), None)
+    ``modules`` are those that it reaches; None: as found before. ``lent``: its inputs stay as they are, see
+    :class:`scoresde_ext.integrate.drift.Lent`.
+    """
+
+    def __init__(self, model: Network, modules: Sequence[nn.Module] | None = None, lent: bool = False) -> None:
+        self.model, self.modules = model, same_modules_of(model) if modules is None else modules
+        dtypes = {_dtype_of(module) for module in self.modules} - {None}
+        self.dtype = dtypes.pop() if len(dtypes) == 1 else None
+        self.call = Lent(model, "model") if lent else model
 
     def __call__(self, x: Tensor, labels: Tensor) -> Tensor:
         if self.dtype is not None and x.dtype != self.dtype:
@@ -130,7 +206,7 @@ class CheckedNetwork:
         if self.dtype is not None and labels.is_floating_point():
             # Labels run to 999: half precision would merge neighbours.
             labels = labels.to(torch.float64 if self.dtype == torch.float64 else torch.float32)
-        out = self.model(x, labels)
+        out = self.call(x, labels)
         if not isinstance(out, Tensor) or out.shape != x.shape or not out.is_floating_point():
             got = f"{out.dtype} of shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
             raise ValueError(
@@ -138,6 +214,10 @@ class CheckedNetwork:
                 "A score network maps (x, labels) to one number for each element of x."
             )
         return out
+
+
+def _dtype_of(module: nn.Module) -> torch.dtype | None:
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
 
 
 class ScoreFunction:
@@ -275,43 +355,34 @@ def own_function(name: str, *places: Any) -> Callable[..., Any] | None:
 
 
 def score_function(
-    sde: Any,
-    model: Network,
-    train: bool,
-    continuous: bool,
-    *places: Any,
-    switch: Callable[[Network, bool], None] = set_mode,
+    sde: Any, model: Network, train: bool, continuous: bool, *places: Any, each_step: bool = False
 ) -> ScoreFunction:
     """What samplers, losses and likelihoods use: the score function of the program's own ``get_score_fn`` (see
     :func:`own_function`), called as it is; ours, which leaves products to the kernels, where there is none or it
-    computes the same. ``switch`` sets the mode."""
+    computes the same. ``each_step``: of training."""
     theirs = own_function("get_score_fn", *places)
     if theirs is None:
-        return make_score_fn(sde, model_function(model, train, *places, switch=switch), continuous)
+        return make_score_fn(sde, model_function(model, train, *places, each_step=each_step), continuous)
     if _same_score(theirs, sde, continuous):
-        switch(model, train)
-        return make_score_fn(sde, CheckedNetwork(model), continuous)
+        return make_score_fn(sde, _network(model, train, each_step), continuous)
     score = theirs(_as_they_know_it(theirs, sde), model, train=train, continuous=continuous)
-    return ScoreFunction(sde_lib.recognised(sde), _InPlaceOf(model, score), lambda t: t, lambda t: 1.0)
+    return ScoreFunction(sde_lib.recognised(sde), _InPlaceOf(model, score, train), lambda t: t, lambda t: 1.0)
 
 
-def model_function(
-    model: Network, train: bool, *places: Any, switch: Callable[[Network, bool], None] = set_mode
-) -> Network:
+def model_function(model: Network, train: bool, *places: Any, each_step: bool = False) -> Network:
     """The same for ``get_model_fn``."""
     theirs = own_function("get_model_fn", *places)
     if theirs is None or _same_output(theirs):
-        switch(model, train)
-        return CheckedNetwork(model)
-    return _InPlaceOf(model, theirs(model, train=train))
+        return _network(model, train, each_step)
+    return _InPlaceOf(model, theirs(model, train=train), train)
 
 
 class _InPlaceOf(CheckedNetwork):
     """What the program made of a network: checked, and given arrays in the network's dtype, as the network is."""
 
-    def __init__(self, model: Network, made: Network) -> None:
+    def __init__(self, model: Network, made: Network, train: bool) -> None:
         super().__init__(model)
-        self.model = made
+        self.model, self.call = made, made if train else Lent(made, "model")
 
 
 class _Passing:
@@ -370,7 +441,7 @@ def _same_score(theirs: Any, sde: Any, continuous: bool) -> bool:
         try:
             for train in (False, True):
                 wanted, found = _Recorder(), _Recorder()
-                ours = make_score_fn(process, get_model_fn(wanted, train), continuous)(x, t)
+                ours = make_score_fn(process, _network(wanted, train), continuous)(x, t)
                 score = theirs(given, found, train=train, continuous=continuous)(x.clone(), t.clone())
                 if not (found.saw_the_same_as(wanted) and _equal(score, ours)):
                     return False
@@ -392,7 +463,7 @@ def _same_output(theirs: Any) -> bool:
         try:
             for train in (False, True):
                 wanted, found = _Recorder(), _Recorder()
-                ours = get_model_fn(wanted, train)(x, labels)
+                ours = _network(wanted, train)(x, labels)
                 out = theirs(found, train=train)(x.clone(), labels.clone())
                 if not (found.saw_the_same_as(wanted) and _equal(out, ours)):
                     return False
