@@ -242,13 +242,14 @@ def _sde_loss(
     u, draw = noise.times_and_normal(batch)
     t, m, std = perturbation(process, u, eps)
     x, draw = _perturbed(batch, m, std, draw)
+    # (score std + z)^2, or (score + z / std)^2 g^2 = (score std + z)^2 (g / std)^2, with score std = c out. The network
+    # may write to t: coefficients come first.
+    c = -1.0 if score_fn.predicts_noise else score_fn.coefficient(t) * std
+    ratio = process.sde_coefficients(t)[1] / std if likelihood_weighting else 1.0
     # The product by a kernel takes half as long as torch's, and nobody differentiates this t.
     labels = score_fn.labels(t) if score_fn.scale is None else ops.affine(t, None, score_fn.scale)
     out = score_fn.network(x, labels)
     del x, labels  # unless the network keeps them for its own derivative, their memory serves for the gradient
-    # (score std + z)^2, or (score + z / std)^2 g^2 = (score std + z)^2 (g / std)^2, with score std = c out
-    c = -1.0 if score_fn.predicts_noise else score_fn.coefficient(t) * std
-    ratio = process.sde_coefficients(t)[1] / std if likelihood_weighting else 1.0
     return _loss(out, c, 1.0, ratio * ratio, draw, batch, mask, reduce_mean)
 
 
