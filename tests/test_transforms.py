@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 from scoresde_ext import losses, noise, ops, reference, sampling, sde_lib
 from scoresde_ext.models import utils as mutils
@@ -378,3 +378,220 @@ def test_vmap(f: Function, plain: Function) -> None:
     x, t, w = stacked[0].movedim(0, 2), stacked[1], calls[0][2]  # another dimension; weights that all calls share
     some = torch.stack([plain(a, b, w) for a, b, _ in calls])
     torch.testing.assert_close(vmap(f, in_dims=(2, 0, None))(x, t, w), some)
+
+
+# ---- training: gradients of one sample each, noise ----
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(D, D)
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        return torch.tanh(self.linear(x)) + 0.001 * labels[:, None]
+
+
+LOSSES = {
+    "sde": losses.get_sde_loss_fn(SDES["vp"], train=True),
+    "ddpm": losses.get_ddpm_loss_fn(SDES["vp"], train=True),
+    "smld": losses.get_smld_loss_fn(SDES["ve"], train=True),
+}
+every_loss = pytest.mark.parametrize("loss_fn", LOSSES.values(), ids=LOSSES)
+Parameters = dict[str, Tensor]
+
+
+def training(loss_fn: Any) -> tuple[Net, Parameters, Callable[[Parameters, Tensor], Tensor]]:
+    net = Net()
+    parameters = {name: p.detach() for name, p in net.named_parameters()}
+    return net, parameters, lambda p, batch: loss_fn(lambda *v: functional_call(net, p, v), batch)
+
+
+def by_autograd(net: Net, loss: Tensor) -> Parameters:
+    return dict(zip(dict(net.named_parameters()), torch.autograd.grad(loss, list(net.parameters())), strict=True))
+
+
+def close(a: Any, b: Any) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)  # sums of float32 in another order
+
+
+@every_loss
+def test_gradient_of_the_weights(loss_fn: Any) -> None:
+    """With eager mode's noise after torch.manual_seed."""
+    net, parameters, value = training(loss_fn)
+    batch = torch.randn(5, D)
+    torch.manual_seed(1)
+    right = by_autograd(net, loss_fn(net, batch))
+    for transform in (grad, jacrev, lambda f: jacfwd(f, randomness="same")):
+        torch.manual_seed(1)
+        close(transform(value)(parameters, batch), right)
+
+
+@every_loss
+def test_gradients_sample_by_sample(loss_fn: Any) -> None:
+    """Of streams, so that a loop over the samples has the same noise; also where only the streams differ."""
+    net, parameters, value = training(loss_fn)
+    batch, ids = torch.randn(4, D), torch.tensor([7, 2**40, 0, 3])
+
+    def one(p: Parameters, x: Tensor, stream: Tensor) -> Tensor:
+        with noise.seeds(3, stream[None]):
+            return value(p, x[None])
+
+    together = vmap(grad(one), in_dims=(None, 0, 0))(parameters, batch, ids)
+    for i in range(len(batch)):
+        with noise.seeds(3, ids[i : i + 1]):
+            close({n: g[i] for n, g in together.items()}, by_autograd(net, loss_fn(net, batch[i : i + 1])))
+
+
+@every_loss
+@pytest.mark.filterwarnings("error")  # torch's, of a batching rule that is missing
+def test_randomness_of_vmap(loss_fn: Any) -> None:
+    """vmap says what its calls draw; torch's own error where it was not told."""
+    _, parameters, value = training(loss_fn)
+    batch = torch.zeros(4, D)
+
+    def values(**options: Any) -> Tensor:
+        return vmap(lambda x: value(parameters, x[None]), **options)(batch)
+
+    assert len(values(randomness="different").unique()) == 4
+    assert len(values(randomness="same").unique()) == 1
+    with pytest.raises(RuntimeError, match="randomness"):
+        values()
+    with noise.seeds(3, range(1)):  # is not random
+        assert len(values().unique()) == 1
+
+
+def test_draws_go_on_after_a_transform() -> None:
+    """The count of a source's draws outlasts the transform that they were made in."""
+    net, parameters, value = training(LOSSES["sde"])
+    batch = torch.randn(3, D)
+    with noise.seeds(3, range(3)):
+        right = [by_autograd(net, LOSSES["sde"](net, batch)) for _ in range(3)]
+    for run in (grad(value), torch.compile(grad(value), backend="aot_eager", fullgraph=True)):
+        with noise.seeds(3, range(3)):
+            close([run(parameters, batch), run(parameters, batch)], right[:2])
+            close(by_autograd(net, LOSSES["sde"](net, batch)), right[2])
+
+
+def test_generated_noise_under_vmap() -> None:
+    keys, ids = torch.tensor([[3, 5], [4, 0], [-1, 2]]), torch.arange(12).reshape(3, 4)
+    for generate, more in ((ops.noise_normal, ()), (ops.noise_uniform, ()), (ops.noise_integers, (10,))):
+        for k, i, dims in ((keys, ids, (0, 0)), (keys[0], ids, (None, 0)), (keys, ids[0], (0, None))):
+            got = vmap(lambda k, i, g=generate, m=more: g(k, i, 1, (4, 5), *m), in_dims=dims)(k, i)
+            each = zip(k.expand(3, 2), i.expand(3, 4), strict=True)
+            assert torch.equal(got, torch.stack([generate(a, b, 1, (4, 5), *more) for a, b in each]))
+        alone = vmap(lambda k, g=generate, m=more: g(k, None, 0, (4, 5), *m))(keys)
+        assert torch.equal(alone, torch.stack([generate(k, None, 0, (4, 5), *more) for k in keys]))
+
+
+# ---- what looks at values ----
+
+
+def test_checks_of_values_see_through_transforms() -> None:
+    _, parameters, value = training(LOSSES["sde"])
+    batch, bad = torch.randn(3, D), torch.tensor([0.1, 0.2, 1.5])
+    batch[1, 2] = float("nan")
+    with pytest.raises(ValueError, match="batch: expected finite values"):
+        grad(value)(parameters, batch)
+    with pytest.raises(ValueError, match="batch: expected finite values"):
+        vmap(grad(lambda p, x: value(p, x[None])), in_dims=(None, 0), randomness="different")(parameters, batch)
+    x, sde = torch.randn(3, D), SDES["vp"].sde
+    with pytest.raises(ValueError, match="t: expected times in"):
+        jvp(sde, (x, bad), (x, bad))
+    with pytest.raises(ValueError, match="t: expected times in"):
+        vmap(sde)(x[:, None], bad[:, None])
+
+
+@pytest.mark.parametrize("name", ["euler_maruyama", "reverse_diffusion", "ancestral_sampling", "langevin", "ald"])
+def test_one_time_for_all_samples(name: str) -> None:
+    """Numbers stand for tensors where all times are equal; not where derivatives go through them."""
+    x, w = torch.randn(B, D), torch.randn(D, D)
+    t, nearly = torch.full((B,), 0.5), torch.tensor([0.5, 0.5 + 1e-7])
+    assert nearly[0] != nearly[1]
+
+    def f(x: Tensor, t: Tensor) -> Tensor:
+        corrector = name in ("langevin", "ald")
+        make: Any = sampling.get_corrector(name) if corrector else sampling.get_predictor(name)
+        step = make(SDES["vp"], score_fn("vp", w), *((0.16, 1) if corrector else ()))
+        with noise.replay([Z.float()]):
+            return step.update_fn(x, t)[0].square().sum()
+
+    right = grad(f, argnums=(0, 1))(x, nearly)
+    close(grad(f, argnums=(0, 1))(x, t), right)
+    leaves = x.clone().requires_grad_(), t.clone().requires_grad_()
+    close(torch.autograd.grad(f(*leaves), leaves), right)
+    close(torch.autograd.grad(f(leaves[0], t), leaves[0])[0], right[0])
+    with forward_ad.dual_level(), torch.no_grad():
+        tangent = forward_ad.unpack_dual(f(x, forward_ad.make_dual(t, torch.ones(B)))).tangent
+    close(tangent, right[1].sum())
+
+
+# ---- torch.compile ----
+
+
+def compiled(f: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(f, backend="aot_eager", fullgraph=True)
+
+
+COMPILED: dict[str, Callable[[Any], Callable[..., Any]]] = {
+    "grad": grad,
+    "jacfwd": lambda f: jacfwd(f, randomness="same"),
+    "jvp": lambda f: lambda p, batch: jvp(lambda p: f(p, batch), (p,), (p,)),
+    "vmap(grad)": lambda f: vmap(grad(lambda p, x: f(p, x[None])), in_dims=(None, 0), randomness="different"),
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_transforms_of_losses(name: str) -> None:
+    for loss_fn in (LOSSES["sde"], LOSSES["smld"]) if name == "vmap(grad)" else (LOSSES["sde"],):
+        _, parameters, value = training(loss_fn)
+        batch, f = torch.randn(3, D), COMPILED[name](value)
+        torch.manual_seed(1)
+        right = f(parameters, batch)
+        torch.manual_seed(1)
+        close(compiled(f)(parameters, batch), right)
+
+
+@pytest.mark.parametrize("name", ["reverse", "reverse_diffusion"])
+def test_compiled_transforms_of_steps(name: str) -> None:
+    def f(*v: Tensor) -> Tensor:
+        return STEPS[name][0]("vp", *v)
+
+    v = arguments()
+    stacked, tangents = tuple(torch.stack([a, a + 0.01]) for a in v), directions(v)
+    if name == "reverse":  # replayed noise is a constant of the graph
+        close(compiled(lambda *v: by_dual_tensors(lambda v: f(*v), v, tangents))(*v), jvp(f, v, tangents)[1])
+    close(compiled(lambda *v: jvp(f, v, tangents))(*v), jvp(f, v, tangents))
+    close(compiled(vmap(f))(*stacked), vmap(f)(*stacked))
+
+
+# ---- the operators themselves ----
+
+
+def test_batched_backward() -> None:
+    """torch.autograd calls derivatives under vmap where it is given a batch of gradients."""
+    x, t, _ = arguments()
+    for f in (
+        lambda x: together(*ops.affine_noise(x, x.sin(), t, 2.0, 0.3, STREAM)),
+        lambda x: ops.score_loss(x.sin(), t, 0.5, 2.0, STREAM),
+    ):
+        one_by_one = torch.autograd.functional.jacobian(f, x)
+        torch.testing.assert_close(torch.autograd.functional.jacobian(f, x, vectorize=True), one_by_one)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision(dtype: torch.dtype) -> None:
+    """As the kernels have it: computed in float32, rounded once."""
+    x, out, c = torch.randn(4, 64).to(dtype), torch.randn(4, 64).to(dtype), torch.rand(4)
+    for f in (
+        lambda: ops.affine(x, out, 1.1, c),
+        lambda: ops.affine_noise(x, out, c, 0.3, 0.7, Draw(key=KEY)),
+        lambda: ops.rk_stage(x, [out, x], (0.3, 0.7), 0.1),
+        lambda: ops.score_loss(300 * x, 1.1, -1.0, 0.5, Draw(z=out)),
+    ):
+        kernel = f()
+        with forward_ad.dual_level():
+            plain = f()
+        for a, b in zip(torch.utils._pytree.tree_leaves(plain), torch.utils._pytree.tree_leaves(kernel), strict=True):
+            assert a.dtype == b.dtype
+            torch.testing.assert_close(a, b, rtol=torch.finfo(a.dtype).eps, atol=torch.finfo(a.dtype).eps)
