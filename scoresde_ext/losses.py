@@ -91,7 +91,7 @@ class _Optimize:
                 group["lr"] = float(lr * min(step / warmup, 1.0))
         if grad_clip >= 0 and norm is None:
             torch.nn.utils.clip_grad_norm_(parameters, max_norm=grad_clip)
-        elif norm is not None and norm + 1e-6 > grad_clip >= 0:
+        elif norm is not None and 0 <= grad_clip < norm + 1e-6:
             torch._foreach_mul_(gradients, grad_clip / (norm + 1e-6))
         optimizer.step()
 

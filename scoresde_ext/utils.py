@@ -63,9 +63,9 @@ def _whole(step: Any) -> int:
 
 
 def _check_readable(path: Path, saved: dict[str, Any]) -> None:
-    """That :func:`read_torch_file` reads what was written. On the device meta the arrays are not looked at."""
+    """That :func:`read_torch_file` reads what was written. The arrays are mapped, not read."""
     try:
-        read_torch_file(path, "meta")
+        read_torch_file(path, "cpu", mmap=True)
     except pickle.UnpicklingError:
         name, value = _unreadable("state", saved) or ("state", saved)
         raise ValueError(
@@ -84,7 +84,7 @@ def _unreadable(name: str, value: Any) -> tuple[str, Any] | None:
     torch.save(value, file)
     file.seek(0)
     try:
-        read_torch_file(file, "meta")
+        read_torch_file(file, "cpu")
     except pickle.UnpicklingError:
         return name, value
     return None
@@ -149,10 +149,12 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, loaded: dict[str, Any]) -
 _LIKE_THE_PARAMETER = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 
 
-def read_torch_file(path: str | os.PathLike[str] | IO[bytes], device: torch.device | str) -> Any:
+def read_torch_file(
+    path: str | os.PathLike[str] | IO[bytes], device: torch.device | str, mmap: bool | None = None
+) -> Any:
     """What torch.save wrote, read by ``weights_only``; upstream's numpy number is allowed beside."""
     with torch.serialization.safe_globals(_NUMPY_NUMBER):
-        return torch.load(path, map_location=device, weights_only=True)
+        return torch.load(path, map_location=device, weights_only=True, mmap=mmap)
 
 
 # The function that rebuilds a pickled numpy number; numpy < 2 wrote it under its old name.

@@ -152,7 +152,7 @@ def test_a_parameter_that_thaws_is_refused(method: str) -> None:
     average = ExponentialMovingAverage(weights, 0.5)
     weights[1].requires_grad_(True)
     with pytest.raises(
-        ValueError, match=r"parameters: .*number 1, of shape \(4,\), was frozen when the average was made"
+        ValueError, match=r"parameters: number 1, of shape \(4,\), was frozen when the average was made"
     ):
         getattr(average, method)(weights)
     assert first(average.shadow_params) == [0.0, 20.0] and average.num_updates == 0

@@ -112,9 +112,8 @@ class ExponentialMovingAverage:
         for i, (p, is_averaged) in enumerate(zip(parameters, self._is_averaged, strict=True)):
             if p.requires_grad and not is_averaged:
                 raise ValueError(
-                    f"parameters: expected a gradient for those alone that are averaged, but number {i}, of shape "
-                    f"{tuple(p.shape)}, was frozen when the average was made and is trained now. Make a new "
-                    "ExponentialMovingAverage when you unfreeze parameters."
+                    f"parameters: number {i}, of shape {tuple(p.shape)}, was frozen when the average was made, has no "
+                    "average, and is trained now. Make a new ExponentialMovingAverage after you unfreeze parameters."
                 )
 
     def _ends(self, averaged: list[Parameter]) -> list[Any]:
