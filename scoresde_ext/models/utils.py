@@ -261,7 +261,7 @@ def from_flattened_numpy(x: np.ndarray, shape: Sequence[int]) -> Tensor:
 
 # ---- the program's own functions of these names ----
 
-_OURS = {"get_score_fn": get_score_fn, "get_model_fn": get_model_fn}
+_OURS: dict[str, Callable[..., Any]] = {"get_score_fn": get_score_fn, "get_model_fn": get_model_fn}
 
 
 def own_function(name: str, *places: Any) -> Callable[..., Any] | None:
@@ -366,11 +366,12 @@ def _same_score(theirs: Any, sde: Any, continuous: bool) -> bool:
         process, given = sde_lib.recognised(sde), _as_they_know_it(theirs, sde)
         if isinstance(process, sde_lib.UnknownSDE):
             return False
-        x, t = _trial_states(), torch.logspace(-5.0, 0.0, 16, dtype=torch.float64, device="cpu") * process.T
+        times = (torch.logspace(-5.0, -1.0, 8, device="cpu"), torch.linspace(0.15, 1.0, 8, device="cpu"))
+        x, t = _trial_states(), torch.cat(times).double() * process.T
         try:
             for train in (False, True):
                 wanted, found = _Recorder(), _Recorder()
-                ours = make_score_fn(process, get_model_fn(wanted, train), continuous)(x, t)
+                ours = make_score_fn(process, _OURS["get_model_fn"](wanted, train), continuous)(x, t)
                 score = theirs(given, found, train=train, continuous=continuous)(x.clone(), t.clone())
                 if not (found.saw_the_same_as(wanted) and _equal(score, ours)):
                     return False
@@ -392,7 +393,7 @@ def _same_output(theirs: Any) -> bool:
         try:
             for train in (False, True):
                 wanted, found = _Recorder(), _Recorder()
-                ours = get_model_fn(wanted, train)(x, labels)
+                ours = _OURS["get_model_fn"](wanted, train)(x, labels)
                 out = theirs(found, train=train)(x.clone(), labels.clone())
                 if not (found.saw_the_same_as(wanted) and _equal(out, ours)):
                     return False
