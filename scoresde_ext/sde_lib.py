@@ -361,9 +361,12 @@ _AFFINE_METHODS = ("sde", "marginal_prob", "discretize")
 
 def is_affine(sde: Any) -> TypeGuard[AffineSDE]:
     """Whether the coefficients of ``sde`` say everything: an AffineSDE none of whose derived methods was replaced."""
-    return isinstance(sde, AffineSDE) and all(
-        getattr(type(sde), name) is getattr(AffineSDE, name) and name not in vars(sde) for name in _AFFINE_METHODS
-    )
+    if type(sde) not in _PROCESSES and not (
+        isinstance(sde, AffineSDE)
+        and all(getattr(type(sde), name) is getattr(AffineSDE, name) for name in _AFFINE_METHODS)
+    ):
+        return False
+    return not any(name in vars(sde) for name in _AFFINE_METHODS)
 
 
 def _normal_logp(z: Tensor, std: float) -> Tensor:

@@ -140,6 +140,22 @@ def test_the_programs_sde_runs_in_our_kernels(kind: str, theirs: SimpleNamespace
         assert torch.equal(a, b)
 
 
+def test_the_name_counts_wherever_the_class_is_from(theirs: SimpleNamespace) -> None:
+    """Also where upstream's class was put on our SDE; under another name, that is a user's own SDE."""
+    bases = (theirs.sde_lib.VPSDE.__mro__[1], sde_lib.SDE)
+    methods = {name: value for name, value in vars(theirs.sde_lib.VPSDE).items() if not name.startswith("__")}
+    labels: list[Tensor] = []
+
+    def record(x: Tensor, given: Tensor) -> Tensor:
+        labels.append(given)
+        return x
+
+    for name in ("VPSDE", "Mine"):
+        cls = type(name, bases, methods)
+        mutils.get_score_fn(cls(0.1, 5.0, 8), record, continuous=True)(normals(*SHAPE), TIMES)
+    torch.testing.assert_close(labels, [999 * TIMES, TIMES])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_predictors_keep_the_programs_sde(kind: str, theirs: SimpleNamespace) -> None:
     """A predictor of the program's own asks isinstance(self.sde, its VPSDE)."""
@@ -504,6 +520,16 @@ def test_a_changed_model_fn_is_called_by_discrete_losses(beside_us: SimpleNamesp
     beside_us.utils.get_model_fn = copy_of(beside_us.utils.get_model_fn)
     torch.manual_seed(0)
     torch.testing.assert_close(losses.get_ddpm_loss_fn(sde, False)(Module(), x), right)
+
+
+@pytest.mark.parametrize("use", ["loss", "ddpm", "pc", "ode", "likelihood"])
+def test_a_model_fn_in_the_place_of_ours_is_called(use: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sde = sde_lib.VPSDE(0.1, 5.0, 8)
+    torch.manual_seed(0)
+    right = USES[use](sde, half_network)
+    monkeypatch.setattr(mutils, "get_model_fn", lambda model, train=False: lambda x, labels: 0.5 * model(x, labels))
+    torch.manual_seed(0)
+    torch.testing.assert_close(USES[use](sde, network), right)
 
 
 def copy_of(function: Any) -> Any:

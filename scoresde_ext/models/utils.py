@@ -341,7 +341,7 @@ def from_flattened_numpy(x: np.ndarray, shape: Sequence[int]) -> Tensor:
 
 # ---- the program's own functions of these names ----
 
-_OURS = {"get_score_fn": get_score_fn, "get_model_fn": get_model_fn}
+_OURS: dict[str, Callable[..., Any]] = {"get_score_fn": get_score_fn, "get_model_fn": get_model_fn}
 
 
 def own_function(name: str, *places: Any) -> Callable[..., Any] | None:
@@ -437,7 +437,8 @@ def _same_score(theirs: Any, sde: Any, continuous: bool) -> bool:
         process, given = sde_lib.recognised(sde), _as_they_know_it(theirs, sde)
         if isinstance(process, sde_lib.UnknownSDE):
             return False
-        x, t = _trial_states(), torch.logspace(-5.0, 0.0, 16, dtype=torch.float64, device="cpu") * process.T
+        times = (torch.logspace(-5.0, -1.0, 8, device="cpu"), torch.linspace(0.15, 1.0, 8, device="cpu"))
+        x, t = _trial_states(), torch.cat(times).double() * process.T
         try:
             for train in (False, True):
                 wanted, found = _Recorder(), _Recorder()
