@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import noise, sampling
-from .checks import check_corrector, check_eps, check_state
+from .checks import check_array, check_corrector, check_eps, check_flags, check_scaler, check_sde, check_state
 from .ode import InverseScaler
 from .reference import rows
 from .sampling import PCLoop
@@ -68,7 +68,7 @@ def get_pc_inpainter(
     sde: SDE,
     predictor: type | None,
     corrector: type | None,
-    inverse_scaler: InverseScaler,
+    inverse_scaler: InverseScaler | None,
     snr: float,
     n_steps: int = 1,
     probability_flow: bool = False,
@@ -93,13 +93,16 @@ def get_pc_inpainter(
     )  # fmt: skip
 
     def pc_inpainter(model: Any, data: Tensor, mask: Tensor) -> Tensor:
-        check_state("data", data)
+        check_array("data", data)
         check_state("mask", mask)
         if not _broadcasts(mask, data) or mask.device != data.device:
             raise ValueError(
                 f"mask: expected the shape and device of data, {tuple(data.shape)} on {data.device}, "
                 f"got {tuple(mask.shape)} on {mask.device}."
             )
+        mask = mask.to(data.dtype)
+        data = torch.where(mask == 0, 0.0, data)  # what is unknown may be NaN
+        check_state("data", data)
         return run(model, _Known(sde, data, mask, _identity, _identity))
 
     return pc_inpainter
@@ -109,7 +112,7 @@ def get_pc_colorizer(
     sde: SDE,
     predictor: type | None,
     corrector: type | None,
-    inverse_scaler: InverseScaler,
+    inverse_scaler: InverseScaler | None,
     snr: float,
     n_steps: int = 1,
     probability_flow: bool = False,
@@ -153,7 +156,7 @@ def _get_pc_filler(
     sde: SDE,
     predictor: type | None,
     corrector: type | None,
-    inverse_scaler: InverseScaler,
+    inverse_scaler: InverseScaler | None,
     snr: float,
     n_steps: int,
     probability_flow: bool,
@@ -164,8 +167,11 @@ def _get_pc_filler(
     grid: Sequence[float] | Tensor | None,
     progress: bool,
 ) -> Callable[[Any, _Known], Tensor]:
-    check_eps(eps, sde.T)
-    check_corrector(snr, n_steps)
+    check_sde(sde)
+    scaled, eps = check_scaler(inverse_scaler), check_eps(eps, sde.T)
+    snr, n_steps = check_corrector(snr, n_steps)
+    sampling.check_classes(predictor, corrector)
+    check_flags(probability_flow=probability_flow, continuous=continuous, denoise=denoise, progress=progress)
     times = sampling.check_grid(grid, sde, predictor, eps, continuous)
 
     def run(model: Any, known: _Known) -> Tensor:
@@ -179,7 +185,7 @@ def _get_pc_filler(
                     x, x_mean = known.put(loop.correct(x, visit.t)[0], visit.t)
                     x, x_mean = known.put(visit.predict(x)[0], visit.after)
             result = sampling.check_finite(x_mean if denoise else x, "Controllable generation")
-            return inverse_scaler(result)
+            return scaled(result)
 
     return run
 

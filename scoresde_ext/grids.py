@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from . import noise, ops
-from .checks import check_eps, check_shape
+from .checks import check_choice, check_device, check_eps, check_flags, check_sde, check_shape, whole
 from .flow import ProbabilityFlow
 from .integrate import solve
 from .integrate.multistep import Flow, grid_points, grid_tables, with_values
@@ -158,15 +158,11 @@ def calibrate_grid(
         ValueError: an argument is wrong; before any evaluation.
         SolverError: a calibration sample could not be solved.
     """
-    shape = check_shape(shape)
-    check_eps(eps, sde.T)
-    for name, value, least in (("nfe", nfe, 1), ("samples", samples, 2), ("order", order, 1)):
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f"{name}: expected a whole number from {least} on, got {value!r}.")
-    if order > 4:
-        raise ValueError(f"order: expected 1, 2, 3 or 4, got {order!r}.")
-    if coefficients not in COEFFICIENTS:
-        raise ValueError(f"coefficients: expected one of {', '.join(COEFFICIENTS)}, got {coefficients!r}.")
+    check_sde(sde)
+    shape, device, eps = check_shape(shape), check_device(device), check_eps(eps, sde.T)
+    nfe, samples, order = whole("nfe", nfe, 1), whole("samples", samples, 2), whole("order", order, 1, 4)
+    check_choice("coefficients", coefficients, COEFFICIENTS)
+    check_flags(progress=progress)
     flow = ProbabilityFlow(sde, mutils.get_score_fn(sde, model, train=False, continuous=True))
     flow.require_affine("calibrate_grid")
     span = (float(sde.T), float(eps))

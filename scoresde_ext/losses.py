@@ -7,6 +7,7 @@ there, or kept where that is faster.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import noise, ops
-from .checks import check_array, check_eps, check_state
+from .checks import check_array, check_eps, check_flags, check_sde, check_state, real, whole
 from .models import utils as mutils
 from .reference import Draw, rows
 from .sde_lib import SDE, VESDE, VPSDE, is_affine, perturbation
@@ -28,9 +29,9 @@ def get_optimizer(config: Any, params: Iterable[nn.Parameter]) -> torch.optim.Op
     optim = config.optim
     if optim.optimizer != "Adam":
         raise NotImplementedError(f"config.optim.optimizer: expected 'Adam', got {optim.optimizer!r}.")
-    return torch.optim.Adam(
-        params, lr=optim.lr, betas=(optim.beta1, 0.999), eps=optim.eps, weight_decay=optim.weight_decay
-    )
+    names = ("lr", "beta1", "eps", "weight_decay")
+    lr, beta1, eps, weight_decay = (real(f"config.optim.{name}", getattr(optim, name)) for name in names)
+    return torch.optim.Adam(params, lr=lr, betas=(beta1, 0.999), eps=eps, weight_decay=weight_decay)
 
 
 def optimization_manager(config: Any) -> Callable[..., None]:
@@ -45,9 +46,11 @@ def optimization_manager(config: Any) -> Callable[..., None]:
         params: Iterable[nn.Parameter],
         step: int,
         lr: float = config.optim.lr,
-        warmup: int = config.optim.warmup,
+        warmup: float = config.optim.warmup,
         grad_clip: float = config.optim.grad_clip,
     ) -> None:
+        lr, warmup, step = real("lr", lr), real("warmup", warmup), whole("step", step, 0)
+        grad_clip = real("grad_clip", grad_clip, "a number", lambda v: not math.isnan(v))
         if warmup > 0:
             for group in optimizer.param_groups:
                 group["lr"] = float(lr * min(step / warmup, 1.0))
@@ -99,8 +102,9 @@ def get_sde_loss_fn(
         ValueError: eps outside (0, T); a batch that is not floating point, or holds NaN or Inf (looked for on the CPU
             alone); a network output of another shape.
     """
-    check_eps(eps, sde.T)
-
+    check_sde(sde)
+    eps = check_eps(eps, sde.T)
+    check_flags(train=train, reduce_mean=reduce_mean, continuous=continuous, likelihood_weighting=likelihood_weighting)
     affine = is_affine(sde)
 
     def loss_fn(model: Any, batch: Tensor) -> Tensor:
@@ -156,6 +160,7 @@ def get_smld_loss_fn(vesde: VESDE, train: bool, reduce_mean: bool = False) -> Lo
     Song et al. 2021, eq. 1). Batch, result and errors as in :func:`get_sde_loss_fn`; AssertionError for another SDE."""
     if not isinstance(vesde, VESDE):
         raise AssertionError(f"vesde: SMLD training works for VESDE alone, got {type(vesde).__name__}.")
+    check_flags(train=train, reduce_mean=reduce_mean)
 
     def loss_fn(model: Any, batch: Tensor) -> Tensor:
         check_array("batch", batch)
@@ -179,6 +184,8 @@ def get_ddpm_loss_fn(vpsde: VPSDE, train: bool, reduce_mean: bool = True) -> Los
     SDE."""
     if not isinstance(vpsde, VPSDE):
         raise AssertionError(f"vpsde: DDPM training works for VPSDE alone, got {type(vpsde).__name__}.")
+    vpsde.check_discrete()
+    check_flags(train=train, reduce_mean=reduce_mean)
 
     def loss_fn(model: Any, batch: Tensor) -> Tensor:
         check_array("batch", batch)
@@ -212,6 +219,8 @@ def get_step_fn(
         ValueError: discrete training of an SDE that has none (sub-VP, a user's own).
         AssertionError: discrete training with likelihood weighting.
     """
+    check_sde(sde)
+    check_flags(train=train, reduce_mean=reduce_mean, continuous=continuous, likelihood_weighting=likelihood_weighting)
     if continuous:
         loss_fn = get_sde_loss_fn(
             sde, train, reduce_mean=reduce_mean, continuous=True, likelihood_weighting=likelihood_weighting

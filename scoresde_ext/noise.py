@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from . import ops
 from ._C import host
-from .checks import traced
+from .checks import as_whole, traced, whole
 from .reference import Draw
 
 __all__ = [
@@ -208,15 +208,19 @@ def seeds(seed: int, ids: Tensor | Sequence[int]) -> Iterator[None]:
 
 
 def _streams(seed: Any, ids: Any) -> _Streams:
+    if isinstance(ids, (list, tuple)):
+        numbers = [as_whole(i) for i in ids]
+        if None in numbers:
+            wrong = numbers.index(None)
+            raise ValueError(f"ids: expected integers of shape (B,), got {ids[wrong]!r:.100} at {wrong}.")
+        ids = torch.tensor(numbers, dtype=torch.int64)
     try:
-        # As a tensor, an empty list would be one of floats.
-        ids = torch.zeros(0, dtype=torch.int64) if isinstance(ids, Sequence) and len(ids) == 0 else torch.as_tensor(ids)
+        ids = torch.as_tensor(ids)
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"ids: expected integers of shape (B,), got {ids!r:.100}.") from None
     if ids.dim() != 1 or ids.dtype.is_floating_point or ids.dtype in (torch.bool, torch.complex64, torch.complex128):
         raise ValueError(f"ids: expected integers of shape (B,), got {ids.dtype} of shape {tuple(ids.shape)}.")
-    if not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
-        raise ValueError(f"seed: expected an integer of 64 bits, got {seed!r}.")
+    seed = whole("seed", seed, -(2**63), 2**64 - 1, "an integer of 64 bits,")
     signed = seed - 2**64 if seed >= 2**63 else seed
     return _Streams(torch.tensor([signed, 0]), ids.to(torch.int64))
 
@@ -230,9 +234,9 @@ def seeded(seeds: Seeds, batch: int) -> AbstractContextManager[None]:
     """
     if seeds is None:
         return nullcontext()
-    if isinstance(seeds, int) and not isinstance(seeds, bool):
+    if as_whole(seeds) is not None:
         return _as_source(_streams(seeds, range(batch)))
-    if not isinstance(seeds, tuple) or len(seeds) != 2 or isinstance(seeds[0], bool):
+    if not isinstance(seeds, tuple) or len(seeds) != 2 or as_whole(seeds[0]) is None:
         raise ValueError(f"seeds: expected None, a seed or (seed, ids), got {seeds!r:.100}.")
     source = _streams(*seeds)
     assert source.ids is not None

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import abc
 import math
-import numbers
 from collections.abc import Callable, Sequence
 from typing import Any, TypeGuard, TypeVar
 
@@ -26,7 +25,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .checks import check_inputs
+from .checks import check_flags, check_inputs, real, whole
 from .reference import rows
 
 Time = TypeVar("Time", Tensor, float)
@@ -56,9 +55,7 @@ class SDE(abc.ABC):
     """An SDE ``dx = drift(x, t) dt + diffusion(t) dw`` on [0, T], discretised in ``N`` steps."""
 
     def __init__(self, N: int) -> None:
-        if not isinstance(N, numbers.Integral) or N < 1:
-            raise ValueError(f"N: expected a positive whole number of steps, got {N!r}.")
-        self.N: int = N
+        self.N: int = whole("N", N, 1, expected="a whole number of steps")
 
     @property
     @abc.abstractmethod
@@ -102,6 +99,7 @@ class ReverseSDE(SDE):
         self, forward: SDE, score_fn: Callable[[Tensor, Tensor], Tensor], probability_flow: bool = False
     ) -> None:
         super().__init__(forward.N)
+        check_flags(probability_flow=probability_flow)
         self.forward, self.score_fn, self.probability_flow = forward, score_fn, probability_flow
 
     @property
@@ -196,6 +194,7 @@ class AffineSDE(SDE):
     def transition(self, earlier: float, later: float) -> tuple[float, float]:
         """``a, b`` with p(x_later | x_earlier) = N(a x_earlier, b^2), in double precision. Time 0 is the data, m = 1
         and s = 0, also where s(0) is above 0."""
+        earlier, later = real("earlier", earlier), real("later", later)
         m, s = at_time(self.marginal_coefficients, self, later)
         m0, s0 = at_time(self.marginal_coefficients, self, earlier) if earlier > 0 else (1.0, 0.0)
         a = m / m0
@@ -207,7 +206,7 @@ class AffineSDE(SDE):
         if isinstance(t, Tensor):
             m, s = self.marginal_coefficients(t)
             return (m / s).log()
-        m, s = at_time(self.marginal_coefficients, self, t)
+        m, s = at_time(self.marginal_coefficients, self, real("t", t))
         return math.log(m / s) if s > 0 else math.inf
 
     def time_at(self, log_snr: Any) -> Any:
@@ -220,6 +219,8 @@ class AffineSDE(SDE):
         Raises:
             ValueError: the log-SNR does not fall as t grows.
         """
+        if not isinstance(log_snr, Tensor):
+            log_snr = real("log_snr", log_snr, "a number", lambda v: not math.isnan(v))
         if type(self).__module__ == __name__:  # a subclass may have other coefficients
             t = self._time_at(log_snr)
             return t.clamp(0.0, self.T) if isinstance(t, Tensor) else min(max(t, 0.0), float(self.T))
@@ -359,6 +360,7 @@ class _DiscreteVP(AffineSDE):
 
     def __init__(self, beta_min: float = 0.1, beta_max: float = 20, N: int = 1000) -> None:
         super().__init__(N)
+        N, beta_min, beta_max = self.N, real("beta_min", beta_min), real("beta_max", beta_max)
         if not 0 < beta_min <= beta_max < math.inf:
             raise ValueError(
                 f"beta_min, beta_max: expected 0 < beta_min <= beta_max < inf, got {beta_min} and {beta_max}."
@@ -370,12 +372,22 @@ class _DiscreteVP(AffineSDE):
         self.sqrt_alphas_cumprod = torch.sqrt(self.alphas_cumprod)
         self.sqrt_1m_alphas_cumprod = torch.sqrt(1.0 - self.alphas_cumprod)
 
+    def check_discrete(self) -> None:
+        """ValueError where the discrete process has a beta of 1 or more."""
+        if self.beta_1 >= self.N:
+            raise ValueError(
+                f"N: expected more steps than beta_max = {self.beta_1:g} for the discrete process, got {self.N}. "
+                "euler_maruyama without a corrector takes any N."
+            )
+
     def discrete_beta(self, t: Any) -> Any:
         """beta of the discrete process at times ``t``."""
+        self.check_discrete()
         return self.row("discrete_betas", t)
 
     def discrete_alpha(self, t: Any) -> Any:
         """alpha = 1 - beta of the discrete process at times ``t``."""
+        self.check_discrete()
         return self.row("alphas", t)
 
     def beta(self, t: Time) -> Time:
@@ -451,6 +463,7 @@ class VESDE(AffineSDE):
 
     def __init__(self, sigma_min: float = 0.01, sigma_max: float = 50, N: int = 1000) -> None:
         super().__init__(N)
+        N, sigma_min, sigma_max = self.N, real("sigma_min", sigma_min), real("sigma_max", sigma_max)
         if not 0 < sigma_min <= sigma_max < math.inf:
             raise ValueError(
                 f"sigma_min, sigma_max: expected 0 < sigma_min <= sigma_max < inf, got {sigma_min} and {sigma_max}."

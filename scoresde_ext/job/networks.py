@@ -5,6 +5,7 @@ Two things are executed: the module that was named, and its function. Checkpoint
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import importlib.util
 import inspect
@@ -26,14 +27,20 @@ _SDES: dict[str, Any] = {"vp": sde_lib.VPSDE, "subvp": sde_lib.subVPSDE, "ve": s
 
 def make_sde(settings: Problem, N: int | None = None) -> sde_lib.AffineSDE:
     """The SDE that was asked for."""
-    options: dict[str, Any] = dict(settings.sde_options or {})
-    if "N" in options:
-        options["N"] = int(options["N"])
+    given = settings.sde_options or {}
+    options: dict[str, Any] = {name: int(v) if v.is_integer() else v for name, v in given.items()}
+    make = _SDES[settings.sde]
+    known = list(inspect.signature(make).parameters)
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            meant = f"; is {near[0]} meant?" if near else ""
+            raise Refused(f"sde_options: {settings.sde} has the options {', '.join(known)}, got {name}{meant}")
     if N is not None:
         options["N"] = N
     try:
-        return _SDES[settings.sde](**options)
-    except (TypeError, ValueError) as error:
+        return make(**options)
+    except ValueError as error:
         raise Refused(f"sde_options: {first_line(error)}") from None
 
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from ..checks import check_flags, real
+
 
 class ExponentialMovingAverage:
     """Keeps ``shadow = decay * shadow + (1 - decay) * parameter`` for every parameter that is trained.
@@ -23,9 +25,8 @@ class ExponentialMovingAverage:
     """
 
     def __init__(self, parameters: Iterable[Parameter], decay: float, use_num_updates: bool = True) -> None:
-        if not 0.0 <= decay <= 1.0:
-            raise ValueError(f"decay: expected a number in [0, 1], got {decay}.")
-        self.decay = decay
+        self.decay = real("decay", decay, "a number in [0, 1]", lambda v: 0 <= v <= 1)
+        check_flags(use_num_updates=use_num_updates)
         self.num_updates: int | None = 0 if use_num_updates else None
         self.shadow_params = [p.clone().detach() for p in _trained(parameters)]
         self.collected_params: list[Tensor] = []
