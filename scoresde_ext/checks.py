@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
@@ -91,36 +92,37 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r:.100}.")
 
 
-def check_times(name: str, times: Any, start: float, end: float, whole_way: bool = True) -> list[float]:
-    """Times as floats that run strictly from ``start`` to ``end``; with ``whole_way=False``, within the two. A first or
-    last time that equals its end to the rounding of float32 becomes that end."""
-    start, end = float(start), float(end)
+def check_times(
+    name: str, times: Any, start: Any, end: Any, ends: tuple[str, str] = ("T", "eps"), within: bool = False
+) -> list[float]:
+    """Times as floats, each further on the way from ``start`` to ``end`` than the one before. The first and the last
+    are the two ends, to the rounding of float32, and become exactly that; with ``within``, they need not be.
+
+    Args:
+        ends: what start and end are called.
+    """
     way = "fall" if end < start else "rise"
-    expected = f"{name}: expected times that {way} from {start!r} to {end!r}"
+    expected = f"{name}: expected times that {way} from {ends[0]} = {start:.9g} to {ends[1]} = {end:.9g}"
+    start, end = float(start), float(end)
+    found: list[float] = []
     try:
-        values = times.tolist() if isinstance(times, Tensor) else list(times)
+        for i, given in enumerate(times.tolist() if isinstance(times, Tensor) else times):
+            number = as_real(given)
+            if number is None or not math.isfinite(number):
+                raise ValueError(f"{expected}, got {given!r:.100} at {i}.")
+            found.append(number)
     except TypeError:
         raise ValueError(f"{expected}, got {times!r:.100}.") from None
-    if not isinstance(values, list) or (whole_way and len(values) < 2):
-        raise ValueError(f"{expected}, both among them, got {times!r:.100}.")
-    found = []
-    for i, value in enumerate(values):
-        number = as_real(value)
-        if number is None or not math.isfinite(number):
-            raise ValueError(f"{expected}; number {i} of {len(values)} is {value!r:.100}.")
-        found.append(number)
-    if not found:
-        return []
-    for i, exact, other, which in ((0, start, end, "first"), (-1, end, start, "last")):
+    if len(found) < 2 and not within:
+        raise ValueError(f"{expected}, got {found}.")
+    for i, exact, other in ((0, start, end), (-1, end, start)) if found else ():
         if math.isclose(found[i], exact, rel_tol=1e-6, abs_tol=0.0 if exact else 1e-7 * abs(other)):
             found[i] = exact
-        elif whole_way:
-            raise ValueError(f"{expected}; the {which} is {found[i]!r}.")
-        elif not min(start, end) <= found[i] <= max(start, end):
-            raise ValueError(f"{expected}; the {which}, {found[i]!r}, lies outside.")
-    for i in range(len(found) - 1):
-        if not (found[i + 1] - found[i]) * (end - start) > 0:
-            raise ValueError(f"{expected}; numbers {i} and {i + 1} are {found[i]!r} and {found[i + 1]!r}.")
+        elif not within or not min(start, end) <= found[i] <= max(start, end):
+            raise ValueError(f"{expected}, got {found[i]!r} as the {'first' if i == 0 else 'last'}.")
+    for i, (one, following) in enumerate(itertools.pairwise(found)):
+        if not (following - one) * (end - start) > 0:
+            raise ValueError(f"{expected}, got {one!r} at {i} and {following!r} after it.")
     return found
 
 

@@ -85,7 +85,12 @@ def get_pc_inpainter(
 
     Arguments and errors as in :func:`scoresde_ext.sampling.get_pc_sampler` (eps is smaller by default); ``mask`` has
     the shape of ``data`` or broadcasts to it. With a ``grid``, the known part is at the time to which the predictor
-    stepped, and at eps in the end.
+    stepped, and at eps in the end. Where ``mask`` is exactly 0, ``data`` is never looked at and may be NaN.
+
+    Use a corrector. The predictor alone does not let the unknown part see enough of the known one, and its law is
+    biased. Example: two Gaussian values of variance 1 and correlation 0.9, the exact score, VPSDE with N = 1000, the
+    first known to be 1.5. The second then has the mean 1.35 and the standard deviation 0.44. ``reverse_diffusion``
+    alone gives 0.94 and 0.56; with one step of ``langevin``, snr 0.16, it is 1.33 and 0.44.
     """
     run = _get_pc_filler(
         sde, predictor, corrector, inverse_scaler, snr, n_steps, probability_flow, continuous, denoise, eps,

@@ -208,7 +208,9 @@ def seeds(seed: int, ids: Tensor | Sequence[int]) -> Iterator[None]:
 
 
 def _streams(seed: Any, ids: Any) -> _Streams:
-    if isinstance(ids, (list, tuple)):
+    if isinstance(ids, range):
+        ids = torch.arange(ids.start, ids.stop, ids.step)
+    elif isinstance(ids, Sequence):
         numbers = [as_whole(i) for i in ids]
         if None in numbers:
             wrong = numbers.index(None)
@@ -236,7 +238,7 @@ def seeded(seeds: Seeds, batch: int) -> AbstractContextManager[None]:
         return nullcontext()
     if as_whole(seeds) is not None:
         return _as_source(_streams(seeds, range(batch)))
-    if not isinstance(seeds, tuple) or len(seeds) != 2 or as_whole(seeds[0]) is None:
+    if not isinstance(seeds, tuple) or len(seeds) != 2 or isinstance(seeds[0], bool):
         raise ValueError(f"seeds: expected None, a seed or (seed, ids), got {seeds!r:.100}.")
     source = _streams(*seeds)
     assert source.ids is not None

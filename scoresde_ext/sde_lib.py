@@ -220,7 +220,7 @@ class AffineSDE(SDE):
             ValueError: the log-SNR does not fall as t grows.
         """
         if not isinstance(log_snr, Tensor):
-            log_snr = real("log_snr", log_snr, "a number", lambda v: not math.isnan(v))
+            log_snr = real("log_snr", log_snr, "a number", lambda v: True)  # of NaN it is NaN
         if type(self).__module__ == __name__:  # a subclass may have other coefficients
             t = self._time_at(log_snr)
             return t.clamp(0.0, self.T) if isinstance(t, Tensor) else min(max(t, 0.0), float(self.T))

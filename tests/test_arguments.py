@@ -451,3 +451,81 @@ def test_coefficients_of_operations() -> None:
     assert torch.equal(ops.affine(X, None, np.float32(0.1)), ops.affine(X, None, float(np.float32(0.1))))
     with pytest.raises(TypeError, match=r"\bp: expected a number"):
         ops.affine(X, None, "0.1")  # type: ignore[arg-type]
+
+
+# --- times ------------------------------------------------------------------------------------------------------------
+
+
+def runge_kutta(grid: Any) -> Any:
+    return ode(method="rk4", grid=grid)
+
+
+def solved_in_angle(grid: Any) -> Any:
+    flow = ProbabilityFlow(VP, mutils.get_score_fn(VP, network, continuous=True))
+    return integrate.solve(flow, (1.0, 1e-3), X, "heun", coordinate="angle", grid=grid)
+
+
+TAKES_GRID: dict[str, Callable[[Any], Any]] = {
+    "solve": solved_in_angle,
+    "get_ode_sampler": lambda grid: unipc(grid=grid),
+    "get_ode_sampler, Runge-Kutta": runge_kutta,
+    "get_pc_sampler": lambda grid: pc(grid=grid),
+    "get_sde_sampler": lambda grid: reverse_sde(steps=None, grid=grid),
+    "get_pc_inpainter": lambda grid: inpaint(grid=grid, eps=1e-3),
+    "decode": lambda grid: decoded(method="heun", grid=grid),
+}
+
+
+@pytest.mark.parametrize("name", TAKES_GRID)
+def test_a_grid_in_float32_has_exact_ends(name: str) -> None:
+    times = torch.linspace(1.0, 1e-3, 5)
+    inner = times[1:-1].tolist()
+    wanted = TAKES_GRID[name]([1.0, *inner, 1e-3])
+    for grid in (times, times.numpy(), list(times), iter(times.tolist()), [1.0 - 5e-7, *inner, 1e-3 + 5e-10]):
+        assert same(TAKES_GRID[name](grid), wanted), grid
+
+
+@pytest.mark.parametrize("name", TAKES_GRID)
+@pytest.mark.parametrize(
+    ("grid", "fault"),
+    [
+        ([0.999, 0.5, 1e-3], "got 0.999 as the first"),
+        ([1.0, 0.5, 1.01e-3], "got 0.00101 as the last"),
+        ([1.0, 0.5, 0.5, 1e-3], "got 0.5 at 1 and 0.5 after it"),
+        ([1.0, 0.2, 0.5, 1e-3], "got 0.2 at 1 and 0.5 after it"),
+        ([1.0, math.nan, 1e-3], "got nan at 1"),
+        ([1.0, "0.5", 1e-3], "got '0.5' at 1"),
+        ([1.0], r"got \[1.0\]"),
+        (torch.tensor(1.0), r"got tensor\(1\.\)"),
+        (torch.tensor([[1.0, 1e-3]]), r"got \[1.0, 0.001"),
+        (3, "got 3"),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_with_a_grid(name: str, grid: Any, fault: str) -> None:
+    with pytest.raises(ValueError, match=rf"grid: expected times that fall from .* = 1 to .* = 0\.001, {fault}"):
+        TAKES_GRID[name](grid)
+
+
+def test_times_at_which_the_state_is_wanted() -> None:
+    """They need not begin and end at the ends of the interval; where they do in float32, that is where they are."""
+    times = torch.linspace(0.0, 0.7, 4)
+    found = solved((0.0, 0.7), t_eval=times)
+    assert torch.equal(found.ys[0], X) and torch.equal(found.ys[-1], found.y)
+    assert solved((0.0, 0.7), t_eval=[]).ys.shape == (0, 2, 3)
+    for wrong, fault in (
+        ([0.1, 0.1], "got 0.1 at 0 and 0.1 after it"),
+        ([0.5, 0.1], "got 0.5 at 0 and 0.1 after it"),
+        ([0.1, 0.8], "got 0.8 as the last"),
+        ([-0.1, 0.5], "got -0.1 as the first"),
+        ([0.1, None], "got None at 1"),
+    ):
+        with pytest.raises(ValueError, match=rf"t_eval: expected times that rise from t_span\[0\] = 0 .*, {fault}"):
+            solved((0.0, 0.7), t_eval=wrong)
+
+
+def test_a_grid_that_ends_at_zero() -> None:
+    grid = torch.arange(1.0, -0.05, -0.1)
+    assert grid[-1] != 0.0
+    found = integrate.solve(decay, (1.0, 0.0), X, "rk4", grid=grid)
+    assert found.times[-1] == 0.0

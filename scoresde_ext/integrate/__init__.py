@@ -219,8 +219,9 @@ def prepare(
     calibrated = grid if grid is not None and isinstance(grid, CalibratedGrid) else None
     if calibrated and method != "unipc":
         raise ValueError(f"grid: this one was calibrated for method='unipc', got {method!r}.")
-    times = None if grid is None else check_times("grid", calibrated.times if calibrated else grid, start, end)
-    wanted = None if t_eval is None else check_times("t_eval", t_eval, start, end, whole_way=False)
+    ends = "t_span[0]", "t_span[1]"
+    times = None if grid is None else check_times("grid", calibrated.times if calibrated else grid, start, end, ends)
+    wanted = None if t_eval is None else check_times("t_eval", t_eval, start, end, ends, within=True)
     if not fixed:
         rtol, atol = check_tolerances(rtol, atol, *ys)
     ys = tuple(y.detach().contiguous() for y in ys)
