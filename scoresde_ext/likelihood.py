@@ -183,7 +183,7 @@ def get_likelihood_fn(
         "rtol": rtol,
         "atol": atol,
         "control": control,
-        "max_steps": whole("max_steps", max_steps, 1),
+        "max_steps": whole("max_steps", max_steps, 1, expected="a number of steps"),
         "on_failure": on_failure,
         "progress": progress,
         "graph": "off",  # the divergence is differentiated at each evaluation

@@ -184,7 +184,8 @@ def get_ddpm_loss_fn(vpsde: VPSDE, train: bool, reduce_mean: bool = True) -> Los
     SDE."""
     if not isinstance(vpsde, VPSDE):
         raise AssertionError(f"vpsde: DDPM training works for VPSDE alone, got {type(vpsde).__name__}.")
-    vpsde.check_discrete()
+    if not bool(vpsde.sqrt_alphas_cumprod.isfinite().all()):
+        raise ValueError(f"vpsde: expected N of at least beta_max for the discrete process, got N = {vpsde.N}.")
     check_flags(train=train, reduce_mean=reduce_mean)
 
     def loss_fn(model: Any, batch: Tensor) -> Tensor:
@@ -238,8 +239,9 @@ def get_step_fn(
             raise ValueError(
                 f"sde: discrete training is known for VPSDE and VESDE, got {type(sde).__name__}. Use continuous=True."
             )
-    if train and optimize_fn is None:
-        raise ValueError("optimize_fn: expected the function of optimization_manager(config) for training, got None.")
+    if train and not callable(optimize_fn):
+        got = f"{optimize_fn!r:.100}"
+        raise ValueError(f"optimize_fn: expected the function of optimization_manager(config) for training, got {got}.")
 
     def step_fn(state: dict[str, Any], batch: Tensor) -> Tensor:
         model = state["model"]

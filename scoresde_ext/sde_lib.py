@@ -18,7 +18,7 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, NoReturn, TypeGuard, TypeVar
 
 import numpy as np
 import torch
@@ -372,23 +372,21 @@ class _DiscreteVP(AffineSDE):
         self.sqrt_alphas_cumprod = torch.sqrt(self.alphas_cumprod)
         self.sqrt_1m_alphas_cumprod = torch.sqrt(1.0 - self.alphas_cumprod)
 
-    def check_discrete(self) -> None:
-        """ValueError where the discrete process has a beta of 1 or more."""
-        if self.beta_1 >= self.N:
-            raise ValueError(
-                f"N: expected more steps than beta_max = {self.beta_1:g} for the discrete process, got {self.N}. "
-                "euler_maruyama without a corrector takes any N."
-            )
-
     def discrete_beta(self, t: Any) -> Any:
         """beta of the discrete process at times ``t``."""
-        self.check_discrete()
-        return self.row("discrete_betas", t)
+        beta = self.row("discrete_betas", t)
+        return beta if isinstance(beta, Tensor) or beta <= 1.0 else self._refuse_steps()
 
     def discrete_alpha(self, t: Any) -> Any:
         """alpha = 1 - beta of the discrete process at times ``t``."""
-        self.check_discrete()
-        return self.row("alphas", t)
+        alpha = self.row("alphas", t)
+        return alpha if isinstance(alpha, Tensor) or alpha >= 0.0 else self._refuse_steps()
+
+    def _refuse_steps(self) -> NoReturn:
+        raise ValueError(
+            f"N: expected at least beta_max = {self.beta_1:g} steps for the discrete process, got {self.N}. "
+            "euler_maruyama without a corrector takes fewer."
+        )
 
     def beta(self, t: Time) -> Time:
         return self.beta_0 + t * (self.beta_1 - self.beta_0)

@@ -113,7 +113,7 @@ def get_sde_sampler(
     check_choice("method", method, METHODS)
     check_choice("on_failure", on_failure, ("raise", "status"))
     check_flags(denoise=denoise, progress=progress)
-    order, max_steps = whole("order", order, 1, 2), whole("max_steps", max_steps, 1)
+    order, max_steps = whole("order", order, 1, 2), whole("max_steps", max_steps, 1, expected="a number of steps")
     if not is_affine(sde):
         raise ValueError(f"sde: expected an AffineSDE, which says what its transitions are, got {type(sde).__name__}.")
     times = _times(sde, eps, method, steps, grid)
@@ -138,7 +138,7 @@ def _times(sde: AffineSDE, eps: float, method: str, steps: int | None, grid: Any
         if steps is not None:
             raise ValueError("steps, grid: expected one of them, got both.")
         return check_times("grid", grid, sde.T, eps)
-    steps = 50 if steps is None else whole("steps", steps, 1)
+    steps = 50 if steps is None else whole("steps", steps, 1, expected="a number of steps")
     log_snr = torch.linspace(sde.log_snr(float(sde.T)), sde.log_snr(eps), steps + 1, dtype=torch.float64)
     return [float(sde.T), *sde.time_at(log_snr[1:-1]).tolist(), float(eps)]
 

@@ -513,8 +513,8 @@ def test_times_at_which_the_state_is_wanted() -> None:
     found = solved((0.0, 0.7), t_eval=times)
     assert torch.equal(found.ys[0], X) and torch.equal(found.ys[-1], found.y)
     assert solved((0.0, 0.7), t_eval=[]).ys.shape == (0, 2, 3)
+    assert torch.equal(*solved((0.0, 0.7), t_eval=[0.1, 0.1]).ys)
     for wrong, fault in (
-        ([0.1, 0.1], "got 0.1 at 0 and 0.1 after it"),
         ([0.5, 0.1], "got 0.5 at 0 and 0.1 after it"),
         ([0.1, 0.8], "got 0.8 as the last"),
         ([-0.1, 0.5], "got -0.1 as the first"),
@@ -529,3 +529,236 @@ def test_a_grid_that_ends_at_zero() -> None:
     assert grid[-1] != 0.0
     found = integrate.solve(decay, (1.0, 0.0), X, "rk4", grid=grid)
     assert found.times[-1] == 0.0
+
+
+# --- what is not a number ---------------------------------------------------------------------------------------------
+
+PREDICTOR, CORRECTOR = sampling.EulerMaruyamaPredictor, sampling.LangevinCorrector
+
+
+def make_pc(
+    sde: Any = VP, predictor: Any = PREDICTOR, corrector: Any = CORRECTOR, scaler: Any = None, **rest: Any
+) -> Any:
+    options = {"snr": 0.1, "continuous": True, "device": "cpu"} | rest
+    return sampling.get_pc_sampler(sde, (2, 3), predictor, corrector, scaler, **options)
+
+
+def make_ode(sde: Any = VP, scaler: Any = None, **options: Any) -> Any:
+    return sampling.get_ode_sampler(sde, (2, 3), scaler, **({"device": "cpu"} | options))
+
+
+def make_sde(sde: Any = VP, scaler: Any = None, **options: Any) -> Any:
+    return stochastic.get_sde_sampler(sde, (2, 3), scaler, **({"device": "cpu"} | options))
+
+
+def make_inpainter(
+    sde: Any = VP, predictor: Any = PREDICTOR, corrector: Any = CORRECTOR, scaler: Any = None, **rest: Any
+) -> Any:
+    options = {"snr": 0.1, "continuous": True} | rest
+    return controllable_generation.get_pc_inpainter(sde, predictor, corrector, scaler, **options)
+
+
+def make_likelihood(sde: Any = VP, scaler: Any = None, **options: Any) -> Any:
+    return likelihood.get_likelihood_fn(sde, scaler, **options)
+
+
+def calibrate(sde: Any = VP, **options: Any) -> Any:
+    return sampling.calibrate_grid(sde, network, (2, 3), **({"nfe": 2, "device": "cpu"} | options))
+
+
+def one_step(predictor: Any = PREDICTOR, sde: Any = VP, probability_flow: Any = False, continuous: Any = True) -> Any:
+    return sampling.shared_predictor_update_fn(X, T, sde, network, predictor, probability_flow, continuous)
+
+
+def one_correction(corrector: Any = CORRECTOR, sde: Any = VP, continuous: Any = True) -> Any:
+    return sampling.shared_corrector_update_fn(X, T, sde, network, corrector, continuous, 0.1, 1)
+
+
+WITH_DEVICE = {"pc": make_pc, "ode": make_ode, "sde": make_sde, "calibrate": calibrate}
+
+
+@pytest.mark.parametrize("name", WITH_DEVICE)
+def test_a_device_that_is_not_there(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Named with the remedy when the sampler is made; 'cuda' is the default."""
+    make = WITH_DEVICE[name]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(
+        ValueError, match=r"device: .* got 'cuda', but torch \S+ finds no CUDA device. Pass device='cpu'"
+    ):
+        make(device="cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match=r"device: .* got 'cuda:2', but the last one is cuda:1. Pass device='cpu'"):
+        make(device=torch.device("cuda", 2))
+    with pytest.raises(ValueError, match=r"device: .* got 'xla', but torch \S+ cannot use it. Pass device='cpu'"):
+        make(device="xla")
+    with pytest.raises(ValueError, match=r"device: .* got 'meta', but its tensors have no values"):
+        make(device="meta")
+    for wrong in ("abacus", "cuda:x", None, 0.5):
+        with pytest.raises(ValueError, match=r"device: expected a device of torch's, such as 'cpu', 'cuda' or"):
+            make(device=wrong)
+
+
+@pytest.mark.parametrize("name", ["pc", "ode", "sde"])
+def test_the_default_device_is_looked_for_when_the_sampler_is_made(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    make = {
+        "pc": lambda: sampling.get_pc_sampler(VP, (2, 3), None, None, None, 0.1),
+        "ode": lambda: sampling.get_ode_sampler(VP, (2, 3), None),
+        "sde": lambda: stochastic.get_sde_sampler(VP, (2, 3), None),
+    }[name]
+    with pytest.raises(ValueError, match="device: .* Pass device='cpu'"):
+        make()
+
+
+def test_no_inverse_scaler_leaves_the_samples_as_they_are() -> None:
+    gray = torch.zeros(2, 3, 2, 2)
+    colorizer = controllable_generation.get_pc_colorizer
+    for run in (
+        lambda scaler: make_pc(scaler=scaler, seeds=0)(network),
+        lambda scaler: make_ode(scaler=scaler, seeds=0)(network),
+        lambda scaler: make_sde(scaler=scaler, seeds=0, steps=3)(network),
+        lambda scaler: make_inpainter(scaler=scaler, seeds=0)(network, X, X * 0),
+        lambda scaler: colorizer(VP, PREDICTOR, None, scaler, 0.1, continuous=True, seeds=0)(network, gray),
+        lambda scaler: make_likelihood(scaler=scaler, seeds=0)(network, X),
+        lambda scaler: make_likelihood(scaler=scaler, seeds=0, levels=256)(network, X),
+    ):
+        assert same(run(None), run(lambda x: x))
+    nats, bits = (make_likelihood(seeds=0, units=units)(network, X)[0] for units in ("nats", "bits/dim"))
+    torch.testing.assert_close(bits, 8 - nats / (3 * math.log(2)))  # of data in [0, 1] with 256 levels
+
+
+SDE_ARGUMENT: dict[str, Callable[[Any], Any]] = {
+    "pc": make_pc,
+    "ode": make_ode,
+    "sde": make_sde,
+    "inpainter": make_inpainter,
+    "likelihood": make_likelihood,
+    "calibrate": calibrate,
+    "loss": lambda sde: losses.get_sde_loss_fn(sde, True),
+    "step": lambda sde: losses.get_step_fn(sde, False),
+    "encode": lambda sde: encoding.encode(sde, network, X),
+    "decode": lambda sde: encoding.decode(sde, network, X),
+    "predictor": lambda sde: one_step(sde=sde),
+    "corrector": lambda sde: one_correction(sde=sde),
+}
+
+
+@pytest.mark.parametrize("name", SDE_ARGUMENT)
+def test_an_sde_is_an_object(name: str) -> None:
+    with pytest.raises(ValueError, match=r"sde: expected an SDE object, .* got the class VPSDE"):
+        SDE_ARGUMENT[name](sde_lib.VPSDE)
+    for wrong in ("vp", None):
+        with pytest.raises(ValueError, match=r"sde: expected an SDE object, for example sde_lib.VPSDE\(\), got"):
+            SDE_ARGUMENT[name](wrong)
+
+
+@pytest.mark.parametrize("make", [make_pc, make_inpainter])
+def test_predictors_and_correctors_are_classes(make: Callable[..., Any]) -> None:
+    name = r"predictor: expected a class or None, got the name 'ald'. Pass sampling.get_predictor\('ald'\)."
+    for call in (lambda v: make(predictor=v), one_step):
+        with pytest.raises(ValueError, match=name):
+            call("ald")
+        for wrong in (PREDICTOR(VP, score), CORRECTOR):
+            with pytest.raises(ValueError, match="predictor: expected a predictor's class or None, got"):
+                call(wrong)
+    for call in (lambda v: make(corrector=v), one_correction):
+        with pytest.raises(ValueError, match=name.replace("predictor", "corrector")):
+            call("ald")
+        for wrong in (CORRECTOR(VP, score, 0.1, 1), PREDICTOR):
+            with pytest.raises(ValueError, match="corrector: expected a corrector's class or None, got"):
+                call(wrong)
+
+
+@pytest.mark.parametrize("name", ["predictor", "corrector"])
+def test_unknown_names_are_answered_with_the_known_ones(name: str) -> None:
+    with pytest.raises(KeyError, match=rf"{name}: expected one of .*, none.*, got 'best'"):
+        getattr(sampling, f"get_{name}")("best")
+
+
+class Module(torch.nn.Module):
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        return torch.tanh(x)
+
+
+FLAGS: dict[str, Callable[[Any], Any]] = {
+    "pc.probability_flow": lambda v: make_pc(probability_flow=v),
+    "pc.continuous": lambda v: make_pc(continuous=v),
+    "pc.denoise": lambda v: make_pc(denoise=v),
+    "pc.progress": lambda v: make_pc(progress=v),
+    "ode.denoise": lambda v: make_ode(denoise=v),
+    "sde.denoise": lambda v: make_sde(denoise=v),
+    "inpainter.denoise": lambda v: make_inpainter(denoise=v),
+    "likelihood.progress": lambda v: make_likelihood(progress=v),
+    "calibrate.progress": lambda v: calibrate(progress=v),
+    "loss.train": lambda v: losses.get_sde_loss_fn(VP, v)(Module(), X),
+    "loss.reduce_mean": lambda v: losses.get_sde_loss_fn(VP, True, reduce_mean=v),
+    "loss.continuous": lambda v: losses.get_sde_loss_fn(VP, True, continuous=v),
+    "loss.likelihood_weighting": lambda v: losses.get_sde_loss_fn(VP, True, likelihood_weighting=v),
+    "smld.reduce_mean": lambda v: losses.get_smld_loss_fn(VE, True, reduce_mean=v),
+    "ddpm.train": lambda v: losses.get_ddpm_loss_fn(VP, v),
+    "step.continuous": lambda v: losses.get_step_fn(VP, False, continuous=v),
+    "solve.pi": lambda v: solved(pi=v),
+    "solve.progress": lambda v: solved(progress=v),
+    "ema.use_num_updates": lambda v: ExponentialMovingAverage([], 0.9, use_num_updates=v),
+    "one_step.probability_flow": lambda v: one_step(probability_flow=v),
+}
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_flags(name: str) -> None:
+    """A word, or the argument before or behind, would count as True."""
+    argument = name.rpartition(".")[2]
+    for value in (True, np.True_, 1, np.int64(1)):
+        FLAGS[name](value)
+    for wrong in ("False", 1e-3, 2, None, VP, [False]):
+        with pytest.raises(ValueError, match=rf"{argument}: expected True or False, got"):
+            FLAGS[name](wrong)
+
+
+@pytest.mark.parametrize("name", ["pc", "ode", "sde", "inpainter", "likelihood"])
+def test_an_inverse_scaler_is_a_function(name: str) -> None:
+    make = {"pc": make_pc, "ode": make_ode, "sde": make_sde, "inpainter": make_inpainter}.get(name, make_likelihood)
+    with pytest.raises(ValueError, match="inverse_scaler: expected a function of the samples, or None .*, got 0.16"):
+        make(scaler=0.16)
+
+
+MODEL_ARGUMENT: dict[str, Callable[[Any], Any]] = {
+    "pc": lambda model: make_pc()(model),
+    "ode": lambda model: make_ode()(model),
+    "sde": lambda model: make_sde()(model),
+    "inpainter": lambda model: make_inpainter()(model, X, X * 0),
+    "likelihood": lambda model: make_likelihood()(model, X),
+    "encode": lambda model: encoding.encode(VP, model, X),
+    "loss": lambda model: losses.get_sde_loss_fn(VP, True)(model, X),
+    "ddpm": lambda model: losses.get_ddpm_loss_fn(VP, True)(model, X),
+    "score": lambda model: mutils.get_score_fn(VP, model),
+}
+
+
+@pytest.mark.parametrize("name", MODEL_ARGUMENT)
+def test_a_model_is_a_network(name: str) -> None:
+    with pytest.raises(ValueError, match="model: expected a network, a module or a function of .*, got the class Tanh"):
+        MODEL_ARGUMENT[name](torch.nn.Tanh)
+    for wrong in (None, {"model": network}):
+        with pytest.raises(ValueError, match="model: expected a network, a module or a function of .*, got"):
+            MODEL_ARGUMENT[name](wrong)
+
+
+def test_the_function_of_optimization_manager_is_asked_for() -> None:
+    for wrong in (None, "adam", 1e-3):
+        with pytest.raises(ValueError, match="optimize_fn: expected the function of optimization_manager"):
+            losses.get_step_fn(VP, True, wrong)
+
+
+@pytest.mark.parametrize("predictor", ["reverse_diffusion", "ancestral_sampling"])
+def test_too_few_steps_for_the_discrete_process(predictor: str) -> None:
+    """With beta above 1 there is no root of alpha: named, and not a NaN or a "math domain error"."""
+    few = sde_lib.VPSDE(N=4)
+    for step, corrector in ((sampling.get_predictor(predictor), None), (PREDICTOR, sampling.AnnealedLangevinDynamics)):
+        with pytest.raises(
+            ValueError, match="N: expected at least beta_max = 20 steps for the discrete process, got 4"
+        ):
+            make_pc(few, step, corrector)(network)
+    with pytest.raises(ValueError, match="vpsde: expected N of at least beta_max for the discrete process, got N = 4"):
+        losses.get_ddpm_loss_fn(few, True)
+    assert make_pc(few, PREDICTOR, None)(network)[1] == 4 * 2

@@ -324,6 +324,6 @@ def _angle_grid(flow: Flow, start: float, end: float, steps: int | None) -> list
 
 
 def _even(steps: int | None, start: float, end: float) -> list[float]:
-    steps = whole("steps", steps, 1)
+    steps = whole("steps", steps, 1, expected="a number of steps")
     h = (end - start) / steps
     return [start + i * h for i in range(steps)] + [end]

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 
 from .. import sde_lib
+from ..models import utils as mutils
 from ..models.ema import ExponentialMovingAverage
 from ..utils import read_torch_file, with_prefix_of
-from .settings import Problem, Refused, first_line, reason
+from .settings import Problem, Refused, first_line, reason, sizes
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _SDES: dict[str, Any] = {"vp": sde_lib.VPSDE, "subvp": sde_lib.subVPSDE, "ve": sde_lib.VESDE}
@@ -168,7 +169,22 @@ def sample_shape(settings: Problem, network: Any) -> tuple[int, ...]:
     shape = settings.shape or getattr(network, "sample_shape", None)
     if shape is None:
         raise Refused("shape: the network has no attribute sample_shape. Give --shape, for example 3,32,32")
-    return tuple(int(n) for n in shape)
+    try:
+        return sizes(shape)
+    except ValueError as error:
+        raise Refused(f"shape: {error}, got {shape!r:.100}") from None
+
+
+def try_network(network: Any, sde: sde_lib.SDE, shape: tuple[int, ...], device: torch.device, continuous: bool) -> None:
+    """One evaluation shows what does not fit."""
+    x = torch.zeros((1, *shape), device=device)
+    try:
+        with torch.no_grad():
+            score_fn = mutils.get_score_fn(sde, network, continuous=continuous)
+            score_fn(x, torch.full((1,), float(sde.T), device=device))
+    except Exception as error:
+        what = f"network: does not take a sample of shape {shape}"
+        raise Refused(f"{what}: {type(error).__name__}: {first_line(error):.300}") from None
 
 
 def read(path: str, what: str) -> bytes:

@@ -85,14 +85,14 @@ def set_mode(model: Network, train: bool) -> None:
     """Training or evaluation mode for the whole network. Called once a run: the walk over all modules costs
     milliseconds."""
     if isinstance(model, nn.Module):
-        model.train(train)
+        model.train(bool(train))  # also where it is numpy's
 
 
 def ensure_mode(model: Network, train: bool) -> None:
     """Like :func:`set_mode`, but only where the network is in the other mode: for what is called every training
     step."""
     if isinstance(model, nn.Module) and model.training != train:
-        model.train(train)
+        model.train(bool(train))
 
 
 def get_model_fn(model: Network, train: bool = False) -> Callable[[Tensor, Tensor], Tensor]:
@@ -105,6 +105,9 @@ class CheckedNetwork:
     """A network that is given inputs in the dtype of its own parameters, and whose output is checked."""
 
     def __init__(self, model: Network) -> None:
+        if not callable(model) or isinstance(model, type):
+            got = f"the class {model.__name__}" if isinstance(model, type) else f"{model!r:.100}"
+            raise ValueError(f"model: expected a network, a module or a function of (x, labels), got {got}.")
         self.model = model
         parameters = model.parameters() if isinstance(model, nn.Module) else ()
         self.dtype = next((p.dtype for p in parameters if p.is_floating_point()), None)
