@@ -409,7 +409,7 @@ def test_what_is_no_number_is_refused(name: str) -> None:
             case.call([value, *case.plain[1:]] if several else value)
 
 
-# Not called with numbers of a user's: what samplers and the modules among themselves hand on.
+# What users call with numbers. (Config files: see the cases.)
 PUBLIC: dict[str, Callable[..., Any]] = {
     **{name: getattr(sde_lib, name).__init__ for name in ("VPSDE", "subVPSDE", "VESDE")},
     "transition": sde_lib.AffineSDE.transition,
@@ -638,6 +638,7 @@ SDE_ARGUMENT: dict[str, Callable[[Any], Any]] = {
     "step": lambda sde: losses.get_step_fn(sde, False),
     "encode": lambda sde: encoding.encode(sde, network, X),
     "decode": lambda sde: encoding.decode(sde, network, X),
+    "score": lambda sde: mutils.get_score_fn(sde, network),
     "predictor": lambda sde: one_step(sde=sde),
     "corrector": lambda sde: one_correction(sde=sde),
 }
@@ -700,6 +701,8 @@ FLAGS: dict[str, Callable[[Any], Any]] = {
     "solve.pi": lambda v: solved(pi=v),
     "solve.progress": lambda v: solved(progress=v),
     "ema.use_num_updates": lambda v: ExponentialMovingAverage([], 0.9, use_num_updates=v),
+    "score.train": lambda v: mutils.get_score_fn(VP, Module(), train=v),
+    "score.continuous": lambda v: mutils.get_score_fn(VP, Module(), continuous=v),
     "one_step.probability_flow": lambda v: one_step(probability_flow=v),
 }
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import sde_lib
 from .._C import host
-from ..checks import check_inputs, traced
+from ..checks import check_flags, check_inputs, check_sde, traced
 from ..integrate.drift import time_vector
 from ..reference import rows
 
@@ -97,6 +97,7 @@ def ensure_mode(model: Network, train: bool) -> None:
 
 def get_model_fn(model: Network, train: bool = False) -> Callable[[Tensor, Tensor], Tensor]:
     """``model_fn(x, labels)``: the network in the mode asked for. A plain function is accepted as a network."""
+    check_flags(train=train)
     set_mode(model, train)
     return CheckedNetwork(model)
 
@@ -185,6 +186,8 @@ def get_score_fn(sde: sde_lib.SDE, model: Network, train: bool = False, continuo
         train: mode of the network.
         continuous: whether the network was trained on continuous times.
     """
+    check_sde(sde)
+    check_flags(continuous=continuous)
     return make_score_fn(sde, get_model_fn(model, train), continuous)
 
 
