@@ -17,11 +17,20 @@ from glob import glob
 from pathlib import Path
 from typing import NamedTuple
 
+import setuptools
 from setuptools import Extension, setup
 
+SETUPTOOLS_NEEDED = 77
 TORCH_NEEDED = (2, 11)
 DEFAULT_CUDA_ARCHS = "8.0;9.0+PTX"
 
+# Before setup() reads pyproject.toml, of which an older one says in a hundred lines that it does not understand it.
+if int(setuptools.__version__.split(".")[0]) < SETUPTOOLS_NEEDED:
+    sys.exit(
+        f"Building scoresde_ext needs setuptools >= {SETUPTOOLS_NEEDED}, and this environment has "
+        f'{setuptools.__version__}: run `pip install "setuptools>={SETUPTOOLS_NEEDED}" ninja`, then '
+        "`pip install --no-build-isolation .`"
+    )
 try:
     import torch
     from torch.utils import cpp_extension

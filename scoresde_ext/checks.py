@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active
@@ -66,6 +69,111 @@ def outlasting(t: Tensor) -> Tensor:
     return t
 
 
+# ---- numbers ----
+
+
+def as_whole(value: Any) -> int | None:
+    """The int that ``value`` is: a number of Python's or numpy's, or an array or tensor without axes that holds one.
+    None for anything else, bools included."""
+    if type(value) is int:
+        return value
+    if isinstance(value, bool) or getattr(value, "dtype", None) is torch.bool or getattr(value, "shape", ()) != ():
+        return None
+    try:
+        return operator.index(value)
+    except (TypeError, RuntimeError):  # RuntimeError: a tensor without values
+        return None
+
+
+def as_real(value: Any) -> float | None:
+    """The same for a float, NaN and infinities included. A whole number is one too; a text is not."""
+    if type(value) is float or type(value) is int:
+        return float(value)
+    dtype = getattr(value, "dtype", None)
+    if isinstance(value, (bool, np.bool_, str, bytes)) or getattr(value, "shape", ()) != ():
+        return None
+    if dtype == np.bool_ or (isinstance(dtype, torch.dtype) and (dtype is torch.bool or dtype.is_complex)):
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return None
+
+
+def whole(name: str, value: Any, least: int, most: int | None = None, expected: str = "a whole number") -> int:
+    """``value`` as a Python int; ValueError where it is no whole number from ``least`` to ``most``."""
+    found = as_whole(value)
+    if found is None or found < least or (most is not None and found > most):
+        span = f"from {least} on" if most is None else f"from {least} to {most}"
+        number = as_real(value) if found is None else None
+        remedy = " Convert it with int()." if number is not None and number.is_integer() else ""
+        raise ValueError(f"{name}: expected {expected} {span}, got {value!r:.100}.{remedy}")
+    return found
+
+
+def real(
+    name: str, value: Any, expected: str = "a finite number", inside: Callable[[float], bool] = math.isfinite
+) -> float:
+    """``value`` as a Python float; ValueError where it is no number or not ``inside`` (as NaN never is)."""
+    found = as_real(value)
+    if found is None or not inside(found):
+        remedy = " Convert it with float()." if isinstance(value, (str, bytes)) else ""
+        raise ValueError(f"{name}: expected {expected}, got {value!r:.100}.{remedy}")
+    return found
+
+
+def check_flags(**flags: Any) -> None:
+    """Flags are True or False, or 1 or 0: another argument in their place would count as True."""
+    for name, value in flags.items():
+        if not (isinstance(value, (bool, np.bool_)) or as_whole(value) in (0, 1)):
+            raise ValueError(f"{name}: expected True or False, got {value!r:.100}.")
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """A word is one of the ``choices``."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r:.100}.")
+
+
+def check_times(
+    name: str, times: Any, start: Any, end: Any, ends: tuple[str, str] = ("T", "eps"), within: bool = False
+) -> list[float]:
+    """Times as floats, each further on the way from ``start`` to ``end`` than the one before. The first and the last
+    are the two ends, to the rounding of float32, and become exactly that; with ``within``, they need not be, and a time
+    may be there twice.
+
+    Args:
+        ends: what start and end are called.
+    """
+    way = "fall" if end < start else "rise"
+    expected = f"{name}: expected times that {way} from {ends[0]} = {start:.9g} to {ends[1]} = {end:.9g}"
+    start, end = float(start), float(end)
+    found: list[float] = []
+    try:
+        for i, given in enumerate(times.tolist() if isinstance(times, Tensor) else times):
+            number = as_real(given)
+            if number is None or not math.isfinite(number):
+                raise ValueError(f"{expected}, got {given!r:.100} at {i}.")
+            found.append(number)
+    except TypeError:
+        raise ValueError(f"{expected}, got {times!r:.100}.") from None
+    if len(found) < 2 and not within:
+        raise ValueError(f"{expected}, got {found}.")
+    for i, exact, other in ((0, start, end), (-1, end, start)) if found else ():
+        if math.isclose(found[i], exact, rel_tol=1e-6, abs_tol=0.0 if exact else 1e-7 * abs(other)):
+            found[i] = exact
+        elif not within or not min(start, end) <= found[i] <= max(start, end):
+            raise ValueError(f"{expected}, got {found[i]!r} as the {'first' if i == 0 else 'last'}.")
+    for i, (one, following) in enumerate(itertools.pairwise(found)):
+        way_made = (following - one) * (end - start)
+        if not (way_made > 0 or (within and way_made == 0)):
+            raise ValueError(f"{expected}, got {one!r} at {i} and {following!r} after it.")
+    return found
+
+
+# ---- arrays ----
+
+
 def check_array(name: str, y: Any) -> None:
     """An array is a floating-point tensor (B, ...)."""
     if not isinstance(y, Tensor) or not y.is_floating_point() or y.dim() < 1:
@@ -124,34 +232,99 @@ def check_state(name: str, y: Any) -> None:
         raise ValueError(f"{name}: expected finite values, got NaN or Inf{where}")
 
 
-def check_latent(z: Any, shape: tuple[int, ...], device: torch.device | str) -> None:
+def check_latent(z: Any, shape: tuple[int, ...], device: torch.device) -> None:
     """A latent code is a state of the sampler's shape, on its device."""
     check_state("z", z)
     if tuple(z.shape) != shape:
         raise ValueError(f"z: expected the sampler's shape {shape}, got {tuple(z.shape)}.")
-    wanted = torch.device(device)
-    if z.device.type != wanted.type or (wanted.index is not None and z.device.index != wanted.index):
-        raise ValueError(f"z: expected a tensor on the sampler's device {wanted}, got {z.device}. Move it with .to().")
+    if z.device.type != device.type or (device.index is not None and z.device.index != device.index):
+        raise ValueError(f"z: expected a tensor on the sampler's device {device}, got {z.device}. Move it with .to().")
 
 
-def check_shape(shape: Sequence[int]) -> tuple[int, ...]:
+# ---- what samplers and losses take ----
+
+
+def check_shape(shape: Iterable[Any]) -> tuple[int, ...]:
     """A batch of samples: (B, *) with no negative size."""
-    if len(shape) < 1 or not all(isinstance(n, int) and n >= 0 for n in shape):
-        raise ValueError(f"shape: expected the shape (B, ...) of the batch, got {tuple(shape)}.")
-    return tuple(shape)
+    try:
+        sizes = tuple(as_whole(n) for n in shape)
+    except TypeError:  # nothing to iterate over
+        sizes = ()
+    if not sizes or any(n is None or n < 0 for n in sizes):
+        got = tuple(shape) if sizes else shape
+        raise ValueError(f"shape: expected the shape (B, ...) of the batch, whole numbers from 0 on, got {got!r:.100}.")
+    return sizes  # type: ignore[return-value]
 
 
-def check_eps(eps: float, T: float) -> None:
+def check_device(device: Any) -> torch.device:
+    """A device that torch can use here."""
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(
+            f"device: expected a device of torch's, such as 'cpu', 'cuda' or 'cuda:1', got {device!r:.100}."
+        ) from None
+    if why := _fault_of_device(found):
+        raise ValueError(
+            f"device: expected one that can be used here, got {str(found)!r}, but {why}. Pass device='cpu', or one "
+            "that is there."
+        )
+    return found
+
+
+def _fault_of_device(device: torch.device) -> str:
+    if device.type == "cpu":
+        return ""
+    if device.type == "meta":
+        return "its tensors have no values"
+    if device.type == "cuda":  # without starting CUDA: a process that is to fork must not
+        n = torch.cuda.device_count()
+        if n == 0:
+            return f"torch {torch.__version__} finds no CUDA device"
+        return "" if (device.index or 0) < n else f"the last one is cuda:{n - 1}"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ImportError):
+        return f"torch {torch.__version__} cannot use it"
+    return ""
+
+
+def check_scaler(inverse_scaler: Any) -> Callable[[Any], Any]:
+    """A function of samples; None leaves them as they are."""
+    if inverse_scaler is None:
+        return lambda x: x
+    if not callable(inverse_scaler):
+        raise ValueError(
+            f"inverse_scaler: expected a function of the samples, or None to leave them as they are, got "
+            f"{inverse_scaler!r:.100}."
+        )
+    return inverse_scaler
+
+
+def check_sde(sde: Any, name: str = "sde") -> None:
+    """An SDE is an object, not its class or its name."""
+    if isinstance(sde, type) or not hasattr(sde, "sde"):
+        got = f"the class {sde.__name__}" if isinstance(sde, type) else f"{sde!r:.100}"
+        raise ValueError(f"{name}: expected an SDE object, for example sde_lib.VPSDE(), got {got}.")
+
+
+def check_eps(eps: Any, T: float) -> float:
     """The smallest time lies in (0, T): the score has no limit at 0."""
-    if not 0 < eps < T:
-        raise ValueError(f"eps: expected a time in (0, T = {T}), got {eps}.")
+    return real("eps", eps, f"a time in (0, T = {T})", lambda t: 0 < t < T)
 
 
-def check_tolerances(rtol: float, atol: float, *ys: Tensor) -> None:
+def check_step(t: Any, earlier: Any, T: float) -> tuple[float, float]:
+    """A step goes from a time in (0, T] to an earlier one."""
+    t = real("t", t, f"a time in (0, T = {T}]", lambda v: 0 < v <= T * (1 + 1e-6))
+    return t, real("earlier", earlier, f"a time in [0, t = {t})", lambda v: 0 <= v < t)
+
+
+def check_tolerances(rtol: Any, atol: Any, *ys: Tensor) -> tuple[float, float]:
     """Tolerances have to be positive and finite (one of them may be zero), and above the rounding of the states."""
-    for name, value in (("rtol", rtol), ("atol", atol)):
-        if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-            raise ValueError(f"{name}: expected a non-negative number, got {value!r}.")
+    rtol, atol = (
+        real(name, value, "a non-negative number", lambda v: 0 <= v < math.inf)
+        for name, value in (("rtol", rtol), ("atol", atol))
+    )
     if rtol == 0 and atol == 0:
         raise ValueError("rtol, atol: expected at least one above zero, got 0 and 0.")
     largest = max((y.abs().max().item() for y in ys if y.numel()), default=0.0)
@@ -160,14 +333,16 @@ def check_tolerances(rtol: float, atol: float, *ys: Tensor) -> None:
             f"rtol, atol: expected more than the rounding of {ys[0].dtype}, {rounding:.1e} of the largest value "
             f"{largest:.3g}, got {rtol:g} and {atol:g}. Loosen them, or integrate in float64."
         )
+    return rtol, atol
 
 
-def check_corrector(snr: float, n_steps: int) -> None:
+def check_corrector(snr: Any, n_steps: Any) -> tuple[float, int]:
     """Corrector steps are counted from 0 on; the signal-to-noise ratio is not negative."""
-    if not isinstance(n_steps, int) or n_steps < 0:
-        raise ValueError(f"n_steps: expected a number of corrector steps from 0 on, got {n_steps!r}.")
-    if not 0 <= snr < math.inf:
-        raise ValueError(f"snr: expected a non-negative signal-to-noise ratio, got {snr!r}.")
+    n_steps = whole("n_steps", n_steps, 0, expected="a number of corrector steps")
+    return real("snr", snr, "a non-negative signal-to-noise ratio", lambda v: 0 <= v < math.inf), n_steps
+
+
+# ---- names of samples ----
 
 
 def bad_rows(*ys: Tensor) -> list[int]:

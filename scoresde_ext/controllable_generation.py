@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import noise, sampling
 from .callers import say_no_gradient, untraced
-from .checks import check_corrector, check_eps, check_state
+from .checks import check_array, check_corrector, check_eps, check_flags, check_scaler, check_state
 from .models import utils as mutils
 from .ode import InverseScaler
 from .reference import rows
@@ -86,7 +86,7 @@ def get_pc_inpainter(
     sde: SDE,
     predictor: type | None,
     corrector: type | None,
-    inverse_scaler: InverseScaler,
+    inverse_scaler: InverseScaler | None,
     snr: float,
     n_steps: int = 1,
     probability_flow: bool = False,
@@ -103,7 +103,12 @@ def get_pc_inpainter(
 
     Arguments and errors as in :func:`scoresde_ext.sampling.get_pc_sampler` (eps is smaller by default); ``mask`` has
     the shape of ``data`` or broadcasts to it. With a ``grid``, the known part is at the time to which the predictor
-    stepped, and at eps in the end.
+    stepped, and at eps in the end. Where ``mask`` is exactly 0, ``data`` is never looked at and may be NaN.
+
+    Use a corrector. The predictor alone does not let the unknown part see enough of the known one, and its law is
+    biased. Example: two Gaussian values of variance 1 and correlation 0.9, the exact score, VPSDE with N = 1000, the
+    first known to be 1.5. The second then has the mean 1.35 and the standard deviation 0.44. ``reverse_diffusion``
+    alone gives 0.94 and 0.56; with one step of ``langevin``, snr 0.16, it is 1.33 and 0.44.
     """
     steps = (predictor, corrector, snr, n_steps, probability_flow, continuous)
     return Inpainter(sde, steps, inverse_scaler, denoise, eps, seeds, grid, progress)
@@ -113,7 +118,7 @@ def get_pc_colorizer(
     sde: SDE,
     predictor: type | None,
     corrector: type | None,
-    inverse_scaler: InverseScaler,
+    inverse_scaler: InverseScaler | None,
     snr: float,
     n_steps: int = 1,
     probability_flow: bool = False,
@@ -140,19 +145,22 @@ class _Filler:
         self,
         sde: SDE,
         steps: tuple[type | None, type | None, float, int, bool, bool],
-        inverse_scaler: InverseScaler,
+        inverse_scaler: InverseScaler | None,
         denoise: bool,
         eps: float,
         seeds: noise.Seeds,
         grid: Sequence[float] | Tensor | None,
         progress: bool,
     ) -> None:
-        predictor, _, snr, n_steps, _, continuous = steps
+        predictor, corrector, snr, n_steps, probability_flow, continuous = steps
         recognised(sde)
-        check_eps(eps, sde.T)
-        check_corrector(snr, n_steps)
+        scaled, eps = check_scaler(inverse_scaler), check_eps(eps, sde.T)
+        snr, n_steps = check_corrector(snr, n_steps)
+        sampling.check_classes(predictor, corrector)
+        check_flags(probability_flow=probability_flow, continuous=continuous, denoise=denoise, progress=progress)
         self.times = sampling.check_grid(grid, sde, predictor, eps, continuous)
-        self.sde, self.steps, self.inverse_scaler, self.denoise, self.eps = sde, steps, inverse_scaler, denoise, eps
+        self.steps = predictor, corrector, snr, n_steps, probability_flow, continuous
+        self.sde, self.inverse_scaler, self.denoise, self.eps = sde, scaled, denoise, eps
         self.draws, self.progress = noise.Draws(seeds), progress
 
     def _fill(self, model: Any, known: _Known, draw: int | None) -> Tensor:
@@ -175,13 +183,16 @@ class Inpainter(_Filler):
 
     @untraced
     def __call__(self, model: Any, data: Tensor, mask: Tensor, *, draw: int | None = None) -> Tensor:
-        check_state("data", data)
+        check_array("data", data)
         check_state("mask", mask)
         if not _broadcasts(mask, data) or mask.device != data.device:
             raise ValueError(
                 f"mask: expected the shape and device of data, {tuple(data.shape)} on {data.device}, "
                 f"got {tuple(mask.shape)} on {mask.device}."
             )
+        mask = mask.to(data.dtype)
+        data = torch.where(mask == 0, 0.0, data)  # what is unknown may be NaN
+        check_state("data", data)
         return self._fill(model, _Known(self.sde, data, mask, _identity, _identity), draw)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import ops
 from .callers import say_no_gradient, untraced
-from .checks import check_eps, check_state, check_tolerances
+from .checks import as_real, as_whole, check_eps, check_state, check_tolerances, real
 from .flow import ProbabilityFlow
 from .integrate import SolverError
 from .likelihood import row_dot
@@ -68,7 +68,8 @@ def encode(
     """
     options = {"control": control, "coordinate": coordinate, "order": order, "steps": steps, "grid": grid}
     options |= {"max_steps": max_steps, "on_failure": on_failure, "progress": progress}
-    return _follow(sde, model, "data", data, (eps, recognised(sde).T), method, rtol, atol, options)
+    T = recognised(sde).T
+    return _follow(sde, model, "data", data, (check_eps(eps, T), T), method, rtol, atol, options)
 
 
 @untraced
@@ -96,7 +97,8 @@ def decode(
     """
     options = {"control": control, "coordinate": coordinate, "order": order, "steps": steps, "grid": grid}
     options |= {"max_steps": max_steps, "on_failure": on_failure, "progress": progress}
-    return _follow(sde, model, "latents", latents, (recognised(sde).T, eps), method, rtol, atol, options)
+    T = recognised(sde).T
+    return _follow(sde, model, "latents", latents, (T, check_eps(eps, T)), method, rtol, atol, options)
 
 
 def _follow(
@@ -111,8 +113,7 @@ def _follow(
     options: dict[str, Any],
 ) -> Tensor:
     """The state at the end of ``span`` from that at its start."""
-    check_eps(min(span), sde.T)
-    check_tolerances(rtol, atol)
+    rtol, atol = check_tolerances(rtol, atol)
     check_state(name, x)
     say_no_gradient(name, x)
     flow = ProbabilityFlow(sde, score_function(sde, model, False, True))
@@ -186,17 +187,18 @@ def interpolate(
 
 
 def _check_weights(weights: Any) -> list[float]:
-    if isinstance(weights, int) and not isinstance(weights, bool):
-        if weights < 2:
-            raise ValueError(f"weights: expected at least 2 samples from a to b, or a list of weights, got {weights}.")
-        return [i / (weights - 1) for i in range(weights)]
+    n = as_whole(weights)
+    if n is not None:
+        if n < 2:
+            raise ValueError(f"weights: expected at least 2 samples from a to b, or a list of weights, got {n}.")
+        return [i / (n - 1) for i in range(n)]
     try:
-        wanted = [float(w) for w in weights]
-    except (TypeError, ValueError):
+        wanted = [as_real(w) for w in weights]
+    except TypeError:
         wanted = []
-    if not wanted or not all(0.0 <= w <= 1.0 for w in wanted):
+    if not wanted or not all(w is not None and 0.0 <= w <= 1.0 for w in wanted):
         raise ValueError(f"weights: expected a number of samples, or weights in [0, 1], got {weights!r:.100}.")
-    return wanted
+    return wanted  # type: ignore[return-value]
 
 
 # Two directions span a plane only where they differ by more than their rounding.
@@ -216,6 +218,7 @@ def slerp(a: Tensor, b: Tensor, weight: float) -> Tensor:
         a, b: ``(B, *)``, of one shape, dtype and device.
         weight: in [0, 1]; at the ends the result is ``a`` or ``b``, to the bit.
     """
+    weight = real("weight", weight, "a number in [0, 1]", lambda w: 0 <= w <= 1)
     u, v = a.double(), b.double()
     uu, vv, uv = row_dot(u, u).tolist(), row_dot(v, v).tolist(), row_dot(u, v).tolist()
     # One by one, in Python's floats: what a sample gets does not depend on its place in the batch.

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from . import noise, ops
 from .callers import untraced
-from .checks import check_eps, check_shape
+from .checks import check_choice, check_device, check_eps, check_flags, check_shape, whole
 from .flow import ProbabilityFlow
 from .integrate import solve
 from .integrate.multistep import Flow, grid_points, grid_tables, with_values
@@ -162,15 +162,10 @@ def calibrate_grid(
         SolverError: a calibration sample could not be solved.
     """
     recognised(sde)
-    shape = check_shape(shape)
-    check_eps(eps, sde.T)
-    for name, value, least in (("nfe", nfe, 1), ("samples", samples, 2), ("order", order, 1)):
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f"{name}: expected a whole number from {least} on, got {value!r}.")
-    if order > 4:
-        raise ValueError(f"order: expected 1, 2, 3 or 4, got {order!r}.")
-    if coefficients not in COEFFICIENTS:
-        raise ValueError(f"coefficients: expected one of {', '.join(COEFFICIENTS)}, got {coefficients!r}.")
+    shape, device, eps = check_shape(shape), check_device(device), check_eps(eps, sde.T)
+    nfe, samples, order = whole("nfe", nfe, 1), whole("samples", samples, 2), whole("order", order, 1, 4)
+    check_choice("coefficients", coefficients, COEFFICIENTS)
+    check_flags(progress=progress)
     flow = ProbabilityFlow(sde, score_function(sde, model, False, True))
     flow.require_affine("calibrate_grid")
     span = (float(sde.T), float(eps))

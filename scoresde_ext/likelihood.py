@@ -18,7 +18,17 @@ from torch import Tensor
 
 from . import integrate, noise
 from .callers import say_no_gradient, untraced
-from .checks import check_eps, check_state, check_tolerances, name_rows
+from .checks import (
+    check_choice,
+    check_eps,
+    check_flags,
+    check_scaler,
+    check_state,
+    check_tolerances,
+    name_rows,
+    real,
+    whole,
+)
 from .flow import ProbabilityFlow
 from .integrate import Solution, SolverError, Status, Terms, Time, time_vector
 from .models import utils as mutils
@@ -103,7 +113,7 @@ class _FlowWithDivergence(ProbabilityFlow):
 
 def get_likelihood_fn(
     sde: SDE,
-    inverse_scaler: Callable[[Any], Any],
+    inverse_scaler: Callable[[Any], Any] | None,
     hutchinson_type: str = "Rademacher",
     rtol: float = 1e-5,
     atol: float = 1e-5,
@@ -130,7 +140,8 @@ def get_likelihood_fn(
     Args:
         sde: the forward SDE.
         inverse_scaler: the scaler of the samples. Without ``levels`` it gives upstream's offset, 7 -
-            inverse_scaler(-1.), which is right for 8-bit data scaled to [-1, 1] or [0, 1] alone.
+            inverse_scaler(-1.), which is right for 8-bit data scaled to [-1, 1] or [0, 1] alone. None is the identity,
+            for data in [0, 1]: an offset of 8.
         hutchinson_type: law of the divergence estimator's noise, 'Rademacher' or 'Gaussian'; or 'exact': the exact
             divergence, for at most 64 dimensions a sample, without noise.
         rtol, atol: as in :func:`scoresde_ext.sampling.get_ode_sampler`. The log densities count in the error norm.
@@ -158,24 +169,25 @@ def get_likelihood_fn(
             NaN where one failed.
     """
     recognised(sde)
-    check_eps(eps, sde.T)
-    check_tolerances(rtol, atol)
+    inverse_scaler, eps = check_scaler(inverse_scaler), check_eps(eps, sde.T)
+    rtol, atol = check_tolerances(rtol, atol)
     _check_method(method)
     if hutchinson_type not in HUTCHINSON:
         raise NotImplementedError(f"hutchinson_type: expected one of {', '.join(HUTCHINSON)}, got {hutchinson_type!r}.")
-    if not isinstance(epsilons, int) or isinstance(epsilons, bool) or epsilons < 1:
-        raise ValueError(f"epsilons: expected a number of noise vectors from 1 on, got {epsilons!r}.")
+    epsilons = whole("epsilons", epsilons, 1, expected="a number of noise vectors")
     if hutchinson_type == "exact" and epsilons != 1:
         raise ValueError(f"epsilons: the exact divergence takes no noise, got {epsilons}. Leave it at 1.")
-    if units not in UNITS:
-        raise ValueError(f"units: expected one of {', '.join(UNITS)}, got {units!r}.")
-    if levels is not None and not (isinstance(levels, (int, float)) and 0 < levels < math.inf):
-        raise ValueError(f"levels: expected a positive number of levels in a unit of the samples, got {levels!r}.")
+    check_choice("units", units, UNITS)
+    check_choice("on_failure", on_failure, ("raise", "status"))
+    check_flags(progress=progress)
+    if levels is not None:
+        expected = "a positive number of levels in a unit of the samples"
+        levels = real("levels", levels, expected, lambda v: 0 < v < math.inf)
     options = {
         "rtol": rtol,
         "atol": atol,
         "control": control,
-        "max_steps": max_steps,
+        "max_steps": whole("max_steps", max_steps, 1, expected="a number of steps"),
         "on_failure": on_failure,
         "progress": progress,
         "graph": "off",  # the divergence is differentiated at each evaluation

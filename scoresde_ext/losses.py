@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from . import noise, ops
-from .checks import check_array, check_eps, check_state, traced
+from .checks import check_array, check_choice, check_eps, check_flags, check_state, real, traced, whole
 from .models import utils as mutils
 from .models.utils import ScoreFunction, model_function, score_function
 from .reference import Draw, rows
@@ -33,9 +33,9 @@ def get_optimizer(config: Any, params: Iterable[nn.Parameter]) -> torch.optim.Op
     optim = config.optim
     if optim.optimizer != "Adam":
         raise NotImplementedError(f"config.optim.optimizer: expected 'Adam', got {optim.optimizer!r}.")
-    return torch.optim.Adam(
-        params, lr=optim.lr, betas=(float(optim.beta1), 0.999), eps=optim.eps, weight_decay=optim.weight_decay
-    )
+    names = ("lr", "beta1", "eps", "weight_decay")
+    lr, beta1, eps, weight_decay = (real(f"config.optim.{name}", getattr(optim, name)) for name in names)
+    return torch.optim.Adam(params, lr=lr, betas=(beta1, 0.999), eps=eps, weight_decay=weight_decay)
 
 
 def optimization_manager(config: Any) -> Callable[..., None]:
@@ -66,13 +66,15 @@ class _Optimize:
         params: Iterable[nn.Parameter] | Tensor,
         step: int,
         lr: float | None = None,
-        warmup: int | None = None,
+        warmup: float | None = None,
         grad_clip: float | None = None,
     ) -> None:
         lr = self.lr if lr is None else lr
         warmup = self.warmup if warmup is None else warmup
         grad_clip = self.grad_clip if grad_clip is None else grad_clip
-        if grad_clip == 0 or math.isnan(grad_clip):
+        lr, warmup, step = real("lr", lr), real("warmup", warmup), whole("step", step, 0)
+        grad_clip = real("grad_clip", grad_clip, "a number", lambda v: not math.isnan(v))
+        if grad_clip == 0:
             raise ValueError(
                 f"grad_clip: expected a norm above 0, got {grad_clip}; clipping to 0 trains nothing. "
                 "For no clipping use -1."
@@ -215,7 +217,8 @@ def get_sde_loss_fn(
             or device; a network output of another shape.
     """
     read = recognised(sde)
-    check_eps(eps, sde.T)
+    eps = check_eps(eps, sde.T)
+    check_flags(train=train, reduce_mean=reduce_mean, continuous=continuous, likelihood_weighting=likelihood_weighting)
     return partial(_sde_loss, sde, read, train, reduce_mean, continuous, likelihood_weighting, eps)
 
 
@@ -280,6 +283,7 @@ def get_smld_loss_fn(vesde: VESDE, train: bool, reduce_mean: bool = False) -> Lo
     for another SDE."""
     if not isinstance(recognised(vesde), VESDE):
         raise AssertionError(f"vesde: SMLD training works for VESDE alone, got {type(vesde).__name__}.")
+    check_flags(train=train, reduce_mean=reduce_mean)
     return partial(_smld_loss, vesde, train, reduce_mean)
 
 
@@ -309,6 +313,7 @@ def get_ddpm_loss_fn(vpsde: VPSDE, train: bool, reduce_mean: bool = True) -> Los
     if not isinstance(process, VPSDE):
         raise AssertionError(f"vpsde: DDPM training works for VPSDE alone, got {type(vpsde).__name__}.")
     process.require_discrete()
+    check_flags(train=train, reduce_mean=reduce_mean)
     return partial(_ddpm_loss, vpsde, train, reduce_mean)
 
 
@@ -357,8 +362,9 @@ def get_step_fn(
         AssertionError: discrete training with likelihood weighting.
         FloatingPointError: by ``step_fn``, see ``on_nonfinite``.
     """
-    if on_nonfinite not in ("raise", "skip"):
-        raise ValueError(f"on_nonfinite: expected 'raise' or 'skip', got {on_nonfinite!r}.")
+    recognised(sde)
+    check_flags(train=train, reduce_mean=reduce_mean, continuous=continuous, likelihood_weighting=likelihood_weighting)
+    check_choice("on_nonfinite", on_nonfinite, ("raise", "skip"))
     if continuous:
         loss_fn = get_sde_loss_fn(
             sde, train, reduce_mean=reduce_mean, continuous=True, likelihood_weighting=likelihood_weighting
@@ -379,8 +385,9 @@ def get_step_fn(
             )
     if not train:
         return partial(_evaluate, loss_fn)
-    if optimize_fn is None:
-        raise ValueError("optimize_fn: expected the function of optimization_manager(config) for training, got None.")
+    if not callable(optimize_fn):
+        got = f"{optimize_fn!r:.100}"
+        raise ValueError(f"optimize_fn: expected the function of optimization_manager(config) for training, got {got}.")
     return partial(_train, loss_fn, optimize_fn, on_nonfinite == "skip")
 
 

@@ -14,7 +14,6 @@ which draws one key for all of it.
 
 from __future__ import annotations
 
-import operator
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -27,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from . import ops
 from ._C import host
 from .callers import warn
-from .checks import outlasting, traced
+from .checks import as_whole, outlasting, traced, whole
 from .reference import Draw
 
 __all__ = [
@@ -215,15 +214,21 @@ def seeds(seed: int, ids: Tensor | Sequence[int]) -> Iterator[None]:
 
 
 def _streams(seed: Any, ids: Any, draw: int = 0) -> _Streams:
+    if isinstance(ids, range):
+        ids = torch.arange(ids.start, ids.stop, ids.step)
+    elif isinstance(ids, Sequence):
+        numbers = [as_whole(i) for i in ids]
+        if None in numbers:
+            wrong = numbers.index(None)
+            raise ValueError(f"ids: expected integers of shape (B,), got {ids[wrong]!r:.100} at {wrong}.")
+        ids = torch.tensor(numbers, dtype=torch.int64)
     try:
-        # As a tensor, an empty list would be one of floats.
-        ids = torch.zeros(0, dtype=torch.int64) if isinstance(ids, Sequence) and len(ids) == 0 else torch.as_tensor(ids)
+        ids = torch.as_tensor(ids)
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"ids: expected integers of shape (B,), got {ids!r:.100}.") from None
     if ids.dim() != 1 or ids.dtype.is_floating_point or ids.dtype in (torch.bool, torch.complex64, torch.complex128):
         raise ValueError(f"ids: expected integers of shape (B,), got {ids.dtype} of shape {tuple(ids.shape)}.")
-    if not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
-        raise ValueError(f"seed: expected an integer of 64 bits, got {seed!r}.")
+    seed = whole("seed", seed, -(2**63), 2**64 - 1, "an integer of 64 bits,")
     mixed = seed % 2**64 if draw == 0 else _mixed(seed, draw)
     signed = mixed - 2**64 if mixed >= 2**63 else mixed
     return _Streams(torch.tensor([signed, 0]), ids.to(torch.int64))
@@ -245,15 +250,14 @@ def seeded(seeds: Seeds, batch: int, draw: int = 0) -> AbstractContextManager[No
     Raises:
         ValueError: anything else, or another number of ids than samples; at once, not when the context is entered.
     """
-    if isinstance(draw, bool) or not hasattr(draw, "__index__") or not 0 <= operator.index(draw) < 2**64:
-        raise ValueError(f"draw: expected the number of a draw, 0, 1, ..., below 2^64, got {draw!r:.100}.")
+    draw = whole("draw", draw, 0, 2**64 - 1, "the number of a draw")
     if seeds is None:
         return nullcontext()
-    if isinstance(seeds, int) and not isinstance(seeds, bool):
-        return _as_source(_streams(seeds, range(batch), operator.index(draw)))
+    if as_whole(seeds) is not None:
+        return _as_source(_streams(seeds, range(batch), draw))
     if not isinstance(seeds, tuple) or len(seeds) != 2 or isinstance(seeds[0], bool):
         raise ValueError(f"seeds: expected None, a seed or (seed, ids), got {seeds!r:.100}.")
-    source = _streams(*seeds, operator.index(draw))
+    source = _streams(*seeds, draw)
     assert source.ids is not None
     if len(source.ids) != batch:
         raise ValueError(f"seeds: expected one stream id a sample, {batch}, got {len(source.ids)}.")

@@ -15,7 +15,20 @@ from torch import Tensor
 
 from . import graphs, integrate, noise, ops
 from .callers import say_no_gradient, untraced
-from .checks import bad_rows, check_eps, check_latent, check_shape, check_tolerances, name_rows
+from .checks import (
+    bad_rows,
+    check_choice,
+    check_device,
+    check_eps,
+    check_flags,
+    check_latent,
+    check_scaler,
+    check_shape,
+    check_times,
+    check_tolerances,
+    name_rows,
+    whole,
+)
 from .flow import ProbabilityFlow
 from .integrate import Finished, Solution, SolverError, Status, Stream, time_vector
 from .integrate.results import NOISY, describe
@@ -36,7 +49,7 @@ def _score_fn(sde: SDE, model: Any) -> ScoreFunction:
 def get_ode_sampler(
     sde: SDE,
     shape: Sequence[int],
-    inverse_scaler: InverseScaler,
+    inverse_scaler: InverseScaler | None,
     denoise: bool = False,
     rtol: float = 1e-5,
     atol: float = 1e-5,
@@ -62,7 +75,7 @@ def get_ode_sampler(
     Args:
         sde: the forward SDE.
         shape: ``(B, *)``.
-        inverse_scaler: maps the network's data range to the samples' range.
+        inverse_scaler: maps the network's data range to the samples' range; None leaves the samples as they are.
         denoise: end with one noise-free step of the reverse-diffusion predictor at eps (not counted).
         rtol, atol: tolerances, with scipy's meaning. For a network that computes in bfloat16, float16 or TF32 they are
             held at 1e-3, 1e-4 and 1e-4, with a warning: below, the error estimates see the network's rounding.
@@ -86,9 +99,13 @@ def get_ode_sampler(
         SolverError: samples could not be finished; ``.solution`` has the others, NaN where one failed.
     """
     recognised(sde)
-    shape = check_shape(shape)
-    check_eps(eps, sde.T)
-    check_tolerances(rtol, atol)
+    shape, device, inverse_scaler = check_shape(shape), check_device(device), check_scaler(inverse_scaler)
+    eps = check_eps(eps, sde.T)
+    rtol, atol = check_tolerances(rtol, atol)
+    check_flags(denoise=denoise, progress=progress)
+    check_choice("on_failure", on_failure, ("raise", "status"))
+    if grid is not None and not isinstance(grid, integrate.CalibratedGrid):
+        grid = check_times("grid", grid, sde.T, eps)
     noise.seeded(seeds, shape[0])  # wrong seeds are refused now
     graphs.check(graph, device)
     options = {
@@ -96,10 +113,10 @@ def get_ode_sampler(
         "atol": atol,
         "control": control,
         "coordinate": coordinate,
-        "order": order,
-        "steps": steps,
+        "order": whole("order", order, 1, 4),
+        "steps": None if steps is None else whole("steps", steps, 1, expected="a number of steps"),
         "grid": grid,
-        "max_steps": max_steps,
+        "max_steps": whole("max_steps", max_steps, 1, expected="a number of steps"),
         "on_failure": on_failure,
         "progress": progress,
         "graph": graph,
@@ -118,7 +135,7 @@ class OdeSampler:
         denoise: bool,
         method: Any,
         eps: float,
-        device: torch.device | str,
+        device: torch.device,
         seeds: noise.Seeds,
         options: dict[str, Any],
     ) -> None:
@@ -218,10 +235,10 @@ _FLOORS = {torch.bfloat16: (1e-3, "bfloat16"), torch.float16: (1e-4, "float16")}
 
 
 def _held_tolerances(
-    flow: ProbabilityFlow, rtol: float, atol: float, device: torch.device | str, dtype: torch.dtype = torch.float32
+    flow: ProbabilityFlow, rtol: float, atol: float, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> tuple[float, float]:
     """The tolerances, not below what the network's rounding allows."""
-    floor, kind = precision_floor(flow, torch.device(device), dtype)
+    floor, kind = precision_floor(flow, device, dtype)
     if max(rtol, atol) >= floor:
         return rtol, atol
     warnings.warn(

@@ -27,12 +27,11 @@ import typing
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from . import _C, reference
-from .checks import check_state, derived, traced, transformed
+from .checks import as_real, check_state, derived, traced, transformed
 from .reference import PROCESSES, Draw
 
 _traced, _calls = torch.ops.scoresde_ext, _C.calls  # the operators, twice: see _op
@@ -158,8 +157,8 @@ def _number(name: str, v: Any, x: Tensor) -> Any:
     """A coefficient as a tensor of one element or ``(B,)``; or, as direct calls on the CPU take it, as a number."""
     if isinstance(v, (int, float)):
         return v if x.is_cpu and not traced() else torch.full((1,), v, dtype=compute_dtype(x), device=x.device)
-    if isinstance(v, (np.number, np.ndarray)) and v.ndim == 0:
-        return _number(name, v.item(), x)
+    if not isinstance(v, Tensor) and (plain := as_real(v)) is not None:
+        return _number(name, plain, x)
     if not isinstance(v, Tensor) or not v.is_floating_point():
         got = v.dtype if isinstance(v, Tensor) else type(v).__name__
         raise TypeError(f"{name}: expected a number or a floating-point tensor of one element or (B,), got {got}.")
@@ -265,7 +264,7 @@ def _op(name: str, x: Tensor) -> Callable[..., Any]:
         if key != "META" and not torch._C._dispatch_has_kernel_for_dispatch_key(f"scoresde_ext::{name}", key):
             raise NotImplementedError(
                 f"scoresde_ext.ops.{name} has no kernel for {x.device} in this build. Move the tensors to the CPU, "
-                "or, for CUDA, rebuild where nvcc is found (`python -m scoresde_ext info` shows what was built)."
+                "or, for CUDA, rebuild where nvcc is found (`scoresde info` shows what was built)."
             )
     # torch.ops is what a traced program calls. It takes longer than the kernels of a small batch: its arguments become
     # boxed values, its results come out of them.

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import noise, ops, sde_lib
 from ._C import host
-from .checks import check_inputs, derived
+from .checks import check_corrector, check_inputs, check_step, derived
 from .integrate import time_vector
 from .models import utils as mutils
 from .reference import Draw
@@ -127,6 +127,7 @@ class EulerMaruyamaPredictor(Predictor):
 
     def step_to(self, x: Tensor, t: float, earlier: float) -> tuple[Tensor, Tensor]:
         """The step from ``t`` to ``earlier``."""
+        t, earlier = check_step(t, earlier, self.sde.T)
         return self._step(x, time_vector(t, x), earlier - t)
 
     def _step(self, x: Tensor, t: Tensor, dt: float) -> tuple[Tensor, Tensor]:
@@ -226,6 +227,7 @@ class NonePredictor(Predictor):
 
 def _transition(predictor: Predictor, x: Tensor, t: float, earlier: float) -> tuple[float, float, Tensor, Any]:
     """``a, b`` of the forward process from ``earlier`` to ``t``, and the score ``k out`` at ``t``."""
+    t, earlier = check_step(t, earlier, predictor.sde.T)
     require_transition(predictor)
     times = time_vector(t, x)
     at = _times(predictor, x, times)
@@ -259,7 +261,8 @@ class Corrector(abc.ABC):
 
     def __init__(self, sde: SDE, score_fn: ScoreFn, snr: float, n_steps: int) -> None:
         recognised(sde)
-        self.sde, self.score_fn, self.snr, self.n_steps = sde, score_fn, snr, n_steps
+        self.sde, self.score_fn = sde, score_fn
+        self.snr, self.n_steps = check_corrector(snr, n_steps)
 
     @abc.abstractmethod
     def update_fn(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -15,7 +13,18 @@ from tqdm import tqdm
 
 from . import graphs, noise, sde_lib
 from .callers import untraced
-from .checks import bad_rows, check_corrector, check_eps, check_shape, name_rows
+from .checks import (
+    bad_rows,
+    check_choice,
+    check_corrector,
+    check_device,
+    check_eps,
+    check_flags,
+    check_scaler,
+    check_shape,
+    check_times,
+    name_rows,
+)
 from .grids import Grid, calibrate_grid
 from .integrate import SolverError, time_vector
 from .models import utils as mutils
@@ -75,6 +84,8 @@ def shared_predictor_update_fn(
     x: Tensor, t: Tensor, sde: SDE, model: Any, predictor: type | None, probability_flow: bool, continuous: bool
 ) -> tuple[Tensor, Tensor]:
     """One predictor step of ``model``; None is the predictor that does nothing. Returns ``(x, x_mean)``."""
+    check_classes(predictor, None)
+    check_flags(probability_flow=probability_flow, continuous=continuous)
     score_fn = score_function(sde, model, False, continuous, mutils)
     return (predictor or NonePredictor)(sde, score_fn, probability_flow).update_fn(x, t)
 
@@ -83,6 +94,9 @@ def shared_corrector_update_fn(
     x: Tensor, t: Tensor, sde: SDE, model: Any, corrector: type | None, continuous: bool, snr: float, n_steps: int
 ) -> tuple[Tensor, Tensor]:
     """The corrector steps of ``model``; None is the corrector that does nothing. Returns ``(x, x_mean)``."""
+    check_classes(None, corrector)
+    check_flags(continuous=continuous)
+    snr, n_steps = check_corrector(snr, n_steps)
     score_fn = score_function(sde, model, False, continuous, mutils)
     return (corrector or NoneCorrector)(sde, score_fn, snr, n_steps).update_fn(x, t)
 
@@ -177,14 +191,18 @@ def _draws_of(step: Predictor | Corrector) -> AbstractContextManager[Any]:
     return nullcontext() if type(step).__module__ == Predictor.__module__ else noise.torch_draws()
 
 
-def falling_times(grid: Any, T: float, eps: float) -> list[float]:
-    """The times of a ``grid`` as floats, with its ends exact; ValueError where they do not fall from T to eps (to the
-    rounding of float32)."""
-    times = [float(t) for t in grid]
-    ends = len(times) > 1 and all(math.isclose(a, b, rel_tol=1e-6) for a, b in ((times[0], T), (times[-1], eps)))
-    if not ends or not all(a > b for a, b in itertools.pairwise(times)):
-        raise ValueError(f"grid: expected times that fall from T = {T} to eps = {eps}, got {times}.")
-    return [float(T), *times[1:-1], float(eps)]
+def check_classes(predictor: Any, corrector: Any) -> None:
+    """Predictors and correctors are handed over as classes; None does nothing."""
+    for name, value, get, other in (
+        ("predictor", predictor, get_predictor, Corrector),
+        ("corrector", corrector, get_corrector, Predictor),
+    ):
+        if isinstance(value, str):
+            raise ValueError(
+                f"{name}: expected a class or None, got the name {value!r}. Pass sampling.{get.__name__}({value!r})."
+            )
+        if value is not None and (not callable(value) or (isinstance(value, type) and issubclass(value, other))):
+            raise ValueError(f"{name}: expected a {name}'s class or None, got {value!r:.100}.")
 
 
 def check_grid(grid: Any, sde: SDE, predictor: type | None, eps: float, continuous: bool) -> list[float] | None:
@@ -196,7 +214,7 @@ def check_grid(grid: Any, sde: SDE, predictor: type | None, eps: float, continuo
     """
     if grid is None:
         return None
-    times = falling_times(grid, sde.T, eps)
+    times = check_times("grid", grid, sde.T, eps)
     if not continuous and isinstance(recognised(sde), (VPSDE, VESDE)):
         raise ValueError(
             f"grid: expected continuous=True, got {continuous}. A network trained on the N times of the discrete "
@@ -220,7 +238,7 @@ def get_pc_sampler(
     shape: Sequence[int],
     predictor: type | None,
     corrector: type | None,
-    inverse_scaler: InverseScaler,
+    inverse_scaler: InverseScaler | None,
     snr: float,
     n_steps: int = 1,
     probability_flow: bool = False,
@@ -242,7 +260,7 @@ def get_pc_sampler(
         sde: the forward SDE; its N is the number of steps.
         shape: ``(B, *)``.
         predictor, corrector: classes, see :func:`get_predictor`; None does nothing.
-        inverse_scaler: maps the network's data range to the samples' range.
+        inverse_scaler: maps the network's data range to the samples' range; None leaves the samples as they are.
         snr: signal-to-noise ratio of the corrector.
         n_steps: corrector steps a predictor step.
         probability_flow: predictor along the ODE.
@@ -267,11 +285,12 @@ def get_pc_sampler(
         SolverError: a sample ended as NaN or Inf.
     """
     recognised(sde)
-    shape = check_shape(shape)
-    check_eps(eps, sde.T)
-    check_corrector(snr, n_steps)
-    if on_failure not in ("raise", "status"):
-        raise ValueError(f"on_failure: expected one of raise, status, got {on_failure!r}.")
+    shape, device, inverse_scaler = check_shape(shape), check_device(device), check_scaler(inverse_scaler)
+    eps = check_eps(eps, sde.T)
+    snr, n_steps = check_corrector(snr, n_steps)
+    check_classes(predictor, corrector)
+    check_flags(probability_flow=probability_flow, continuous=continuous, denoise=denoise, progress=progress)
+    check_choice("on_failure", on_failure, ("raise", "status"))
     times = check_grid(grid, sde, predictor, eps, continuous)
     noise.seeded(seeds, shape[0])  # wrong seeds are refused now
     graphs.check(graph, device)
@@ -290,7 +309,7 @@ class PcSampler:
         inverse_scaler: InverseScaler,
         denoise: bool,
         eps: float,
-        device: torch.device | str,
+        device: torch.device,
         seeds: noise.Seeds,
         times: list[float] | None,
         on_failure: str,
@@ -387,12 +406,12 @@ class _GridSteps:
 
 
 def get_sampling_fn(
-    config: Any, sde: SDE, shape: Sequence[int], inverse_scaler: InverseScaler, eps: float
+    config: Any, sde: SDE, shape: Sequence[int], inverse_scaler: InverseScaler | None, eps: float
 ) -> Callable[..., tuple[Tensor, int]]:
     """The sampler that ``config.sampling`` asks for (``method`` 'pc' or 'ode', in any case); ValueError for another
     method."""
     sampling = config.sampling
-    method = sampling.method.lower()
+    method = str(sampling.method).lower()
     if method == "ode":
         return get_ode_sampler(
             sde, shape, inverse_scaler, denoise=sampling.noise_removal, eps=eps, device=config.device
@@ -401,8 +420,8 @@ def get_sampling_fn(
         return get_pc_sampler(
             sde=sde,
             shape=shape,
-            predictor=get_predictor(sampling.predictor.lower()),
-            corrector=get_corrector(sampling.corrector.lower()),
+            predictor=get_predictor(str(sampling.predictor).lower()),
+            corrector=get_corrector(str(sampling.corrector).lower()),
             inverse_scaler=inverse_scaler,
             snr=sampling.snr,
             n_steps=sampling.n_steps_each,

@@ -19,17 +19,16 @@ from __future__ import annotations
 
 import abc
 import math
-import numbers
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, ClassVar, TypeGuard, TypeVar
+from typing import Any, ClassVar, NoReturn, TypeGuard, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from . import ops
-from .checks import check_inputs, traced
+from .checks import check_flags, check_inputs, check_sde, real, traced, whole
 from .reference import rows
 
 Time = TypeVar("Time", Tensor, float)
@@ -55,17 +54,15 @@ def sqrt(v: Time) -> Time:
     return v.sqrt() if isinstance(v, Tensor) else math.sqrt(v)
 
 
-def check_steps(N: Any) -> None:
-    if not isinstance(N, numbers.Integral) or N < 1:
-        raise ValueError(f"N: expected a positive whole number of steps, got {N!r}.")
+def check_steps(N: Any) -> int:
+    return whole("N", N, 1, expected="a whole number of steps")
 
 
 class SDE(abc.ABC):
     """An SDE ``dx = drift(x, t) dt + diffusion(t) dw`` on [0, T], discretised in ``N`` steps."""
 
     def __init__(self, N: int) -> None:
-        check_steps(N)
-        self.N: int = N
+        self.N: int = check_steps(N)
 
     @property
     @abc.abstractmethod
@@ -108,6 +105,7 @@ class ReverseSDE(SDE):
     def __init__(
         self, forward: SDE, score_fn: Callable[[Tensor, Tensor], Tensor], probability_flow: bool = False
     ) -> None:
+        check_flags(probability_flow=probability_flow)
         self.forward, self.score_fn, self.probability_flow = forward, score_fn, probability_flow
 
     @property
@@ -210,6 +208,7 @@ class AffineSDE(SDE):
     def transition(self, earlier: float, later: float) -> tuple[float, float]:
         """``a, b`` with p(x_later | x_earlier) = N(a x_earlier, b^2), in double precision. Time 0 is the data, m = 1
         and s = 0, also where s(0) is above 0."""
+        earlier, later = real("earlier", earlier), real("later", later)
         m, s = at_time(self.marginal_coefficients, self, later)
         m0, s0 = at_time(self.marginal_coefficients, self, earlier) if earlier > 0 else (1.0, 0.0)
         a = m / m0
@@ -221,7 +220,7 @@ class AffineSDE(SDE):
         if isinstance(t, Tensor):
             m, s = self.marginal_coefficients(t)
             return (m / s).log()
-        m, s = at_time(self.marginal_coefficients, self, t)
+        m, s = at_time(self.marginal_coefficients, self, real("t", t))
         return math.log(m / s) if s > 0 else math.inf
 
     def time_at(self, log_snr: Any) -> Any:
@@ -234,6 +233,8 @@ class AffineSDE(SDE):
         Raises:
             ValueError: the log-SNR does not fall as t grows.
         """
+        if not isinstance(log_snr, Tensor):
+            log_snr = real("log_snr", log_snr, "a number", lambda v: True)  # of NaN it is NaN
         if takes_numbers(self):  # a subclass may have other coefficients
             t = self._time_at(log_snr)
             return t.clamp(0.0, self.T) if isinstance(t, Tensor) else min(max(t, 0.0), float(self.T))
@@ -400,6 +401,8 @@ class _Tabulated(AffineSDE):
         if name in self.TABLES and name in known:
             self._set_table(name, value)
             return
+        if name in self.PARAMETERS:
+            value = check_steps(value) if name == "N" else real(name, value)
         parameters = [value if n == name else getattr(self, n, None) for n in self.PARAMETERS]
         follows = name in self.PARAMETERS and None not in parameters and not (name in known and known[name] == value)
         if follows:
@@ -463,10 +466,9 @@ class _DiscreteVP(_Tabulated):
 
     def __init__(self, beta_min: float = 0.1, beta_max: float = 20, N: int = 1000) -> None:
         super().__init__(N)
-        self.beta_0, self.beta_1 = beta_min, beta_max
+        self.beta_0, self.beta_1 = real("beta_min", beta_min), real("beta_max", beta_max)
 
     def _first_table(self, beta_min: float, beta_max: float, N: int) -> Tensor:
-        check_steps(N)
         if not 0 < beta_min <= beta_max < math.inf:
             raise ValueError(
                 f"beta_min, beta_max: expected 0 < beta_min <= beta_max < inf, got {beta_min} and {beta_max}."
@@ -499,11 +501,19 @@ class _DiscreteVP(_Tabulated):
 
     def discrete_beta(self, t: Any) -> Any:
         """beta of the discrete process at times ``t``."""
-        return self.row("discrete_betas", t)
+        beta = self.row("discrete_betas", t)
+        return beta if isinstance(beta, Tensor) or beta <= 1.0 else self._refuse_steps()
 
     def discrete_alpha(self, t: Any) -> Any:
         """alpha = 1 - beta of the discrete process at times ``t``."""
-        return self.row("alphas", t)
+        alpha = self.row("alphas", t)
+        return alpha if isinstance(alpha, Tensor) or alpha >= 0.0 else self._refuse_steps()
+
+    def _refuse_steps(self) -> NoReturn:
+        raise ValueError(
+            f"N: expected at least beta_max = {self.beta_1:g} steps for the discrete process, got {self.N}. "
+            "euler_maruyama without a corrector takes fewer."
+        )
 
     def beta(self, t: Time) -> Time:
         return self.beta_0 + t * (self.beta_1 - self.beta_0)
@@ -588,10 +598,9 @@ class VESDE(_Tabulated):
 
     def __init__(self, sigma_min: float = 0.01, sigma_max: float = 50, N: int = 1000) -> None:
         super().__init__(N)
-        self.sigma_min, self.sigma_max = sigma_min, sigma_max
+        self.sigma_min, self.sigma_max = real("sigma_min", sigma_min), real("sigma_max", sigma_max)
 
     def _first_table(self, sigma_min: float, sigma_max: float, N: int) -> Tensor:
-        check_steps(N)
         if not 0 < sigma_min <= sigma_max < math.inf:
             raise ValueError(
                 f"sigma_min, sigma_max: expected 0 < sigma_min <= sigma_max < inf, got {sigma_min} and {sigma_max}."
@@ -787,6 +796,7 @@ def recognised(sde: Any) -> SDE:
         return sde
     if (kept := _seen.get(id(sde))) and kept[0].is_that_of(sde):
         return kept[1]
+    check_sde(sde)
     cls = type(sde)
     if cls not in _names:
         _names[cls] = next((base.__name__ for base in cls.__mro__ if base.__name__ in _OURS), None)

@@ -30,7 +30,18 @@ from torch import Tensor
 
 from . import noise, ops
 from .callers import say_no_gradient, untraced
-from .checks import check_eps, check_latent, check_shape, check_tolerances
+from .checks import (
+    check_choice,
+    check_device,
+    check_eps,
+    check_flags,
+    check_latent,
+    check_scaler,
+    check_shape,
+    check_times,
+    check_tolerances,
+    whole,
+)
 from .flow import ProbabilityFlow
 from .integrate import Solution, SolverError, Status, Stream
 from .integrate.run import Run, column, padded
@@ -38,7 +49,6 @@ from .integrate.runge_kutta import nan_alone
 from .models.utils import score_function
 from .ode import InverseScaler
 from .reference import Draw
-from .sampling import falling_times
 from .sde_lib import SDE, AffineSDE, is_affine, recognised
 
 FIXED = ("dpmpp_2m_sde", "unipc_sde")
@@ -48,7 +58,7 @@ METHODS = (*FIXED, "adaptive")
 def get_sde_sampler(
     sde: SDE,
     shape: Sequence[int],
-    inverse_scaler: InverseScaler,
+    inverse_scaler: InverseScaler | None,
     *,
     method: str = "unipc_sde",
     steps: int | None = None,
@@ -83,7 +93,7 @@ def get_sde_sampler(
     Args:
         sde: the forward SDE, an AffineSDE.
         shape: ``(B, *)``.
-        inverse_scaler: maps the network's data range to the samples' range.
+        inverse_scaler: maps the network's data range to the samples' range; None leaves the samples as they are.
         method: see above.
         steps: number of steps, equal in log-SNR; 50 without a ``grid``. Not for ``adaptive``.
         grid: the times of the steps, from T to eps, in place of ``steps``.
@@ -107,19 +117,14 @@ def get_sde_sampler(
         SolverError: samples could not be finished; ``.solution`` has the others, NaN where one failed.
     """
     process = recognised(sde)
-    shape = check_shape(shape)
-    check_eps(eps, sde.T)
-    check_tolerances(rtol, atol)
+    shape, device, inverse_scaler = check_shape(shape), check_device(device), check_scaler(inverse_scaler)
+    eps = check_eps(eps, sde.T)
+    rtol, atol = check_tolerances(rtol, atol)
     noise.seeded(seeds, shape[0])  # wrong seeds are refused now
-    for name, value, choices in (
-        ("method", method, METHODS),
-        ("order", order, (1, 2)),
-        ("on_failure", on_failure, ("raise", "status")),
-    ):
-        if value not in choices:
-            raise ValueError(f"{name}: expected one of {', '.join(map(str, choices))}, got {value!r}.")
-    if not isinstance(max_steps, int) or max_steps < 1:
-        raise ValueError(f"max_steps: expected a number of steps from 1 on, got {max_steps!r}.")
+    check_choice("method", method, METHODS)
+    check_choice("on_failure", on_failure, ("raise", "status"))
+    check_flags(denoise=denoise, progress=progress)
+    order, max_steps = whole("order", order, 1, 2), whole("max_steps", max_steps, 1, expected="a number of steps")
     if not is_affine(process):
         raise ValueError(f"sde: expected an AffineSDE, which says what its transitions are, got {type(sde).__name__}.")
     _times(process, eps, method, steps, grid)  # wrong ones are refused now
@@ -161,10 +166,8 @@ def _times(sde: AffineSDE, eps: float, method: str, steps: int | None, grid: Any
     if grid is not None:
         if steps is not None:
             raise ValueError("steps, grid: expected one of them, got both.")
-        return falling_times(grid, sde.T, eps)
-    steps = 50 if steps is None else steps
-    if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps: expected a positive number of steps, got {steps!r}.")
+        return check_times("grid", grid, sde.T, eps)
+    steps = 50 if steps is None else whole("steps", steps, 1, expected="a number of steps")
     log_snr = torch.linspace(sde.log_snr(float(sde.T)), sde.log_snr(eps), steps + 1, dtype=torch.float64)
     return [float(sde.T), *sde.time_at(log_snr[1:-1]).tolist(), float(eps)]
 
@@ -179,7 +182,7 @@ class SdeSampler:
         inverse_scaler: InverseScaler,
         make_run: Callable[[ProbabilityFlow, Tensor], Run],
         seeds: noise.Seeds,
-        device: torch.device | str,
+        device: torch.device,
         on_failure: str,
     ) -> None:
         self.sde, self.shape, self.inverse_scaler, self.make_run = sde, shape, inverse_scaler, make_run

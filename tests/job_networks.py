@@ -79,6 +79,12 @@ def crash() -> Crash:
     return Crash()
 
 
+def flat() -> Tiny:
+    network = Tiny()
+    network.sample_shape = 16  # type: ignore[assignment]
+    return network
+
+
 def unlike() -> nn.Module:
     """Takes other samples."""
     return nn.Linear(3, 3)

@@ -151,6 +151,23 @@ def test_a_torch_too_old_is_named(setup_py, monkeypatch):
         setup_py()
 
 
+def test_a_setuptools_too_old_is_named_before_it_reads_pyproject(setup_py, monkeypatch):
+    monkeypatch.setattr(setuptools, "__version__", "65.5.0")
+    sentence = (
+        r'needs setuptools >= 77, .* has 65\.5\.0: run `pip install "setuptools>=77" ninja`, then `pip install --no-'
+    )
+    with pytest.raises(SystemExit, match=sentence):
+        setup_py()
+    assert not hasattr(setup_py, "extension")
+
+
+def test_the_same_setuptools_everywhere(setup_py):
+    setup_py(SCORESDE_EXT_CUDA="0")
+    needed = f'"setuptools>={setup_py.functions["SETUPTOOLS_NEEDED"]}"'
+    assert f"requires = [{needed}, " in (ROOT / "pyproject.toml").read_text()
+    assert f"pip install {needed} ninja && pip install --no-build-isolation ." in (ROOT / "README.md").read_text()
+
+
 def test_without_compiler_or_python_headers_the_build_says_so(setup_py, monkeypatch, tmp_path):
     setup_py(SCORESDE_EXT_CUDA="0")
     check_compiler = setup_py.functions["check_compiler"]
@@ -239,6 +256,20 @@ def test_import_without_extension_says_how_to_build(checkout):
         importlib.import_module(checkout.name)
 
 
+def test_import_beside_an_installed_package_says_what_hides_it(checkout, tmp_path, monkeypatch):
+    installed = tmp_path / "site-packages"
+    (installed / checkout.name).mkdir(parents=True)
+    (installed / checkout.name / "__init__.py").touch()
+    (installed / checkout.name / f"_C{importlib.machinery.EXTENSION_SUFFIXES[0]}").touch()
+    monkeypatch.setattr(sys, "path", [*sys.path, str(installed)])
+    sentence = (
+        rf"not been built in {tmp_path}, whose files hide the package installed in {installed} \(work in another "
+        r"folder to use that one\): run `pip install --no-build-isolation -e \.` in the repository"
+    )
+    with pytest.raises(ImportError, match=sentence):
+        importlib.import_module(checkout.name)
+
+
 def test_import_with_an_extension_of_another_python(checkout):
     (checkout / "_C.cpython-39-x86_64-linux-gnu.so").touch()
     with pytest.raises(ImportError, match=r"not been built for this Python .*only _C\.cpython-39.*`pip install --no"):
@@ -262,7 +293,7 @@ def test_the_command_line_without_extension_prints_no_traceback(tmp_path):
     command = [sys.executable, "-m", "scoresde_ext", "info"]
     answer = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert answer.returncode == 1
-    assert "has not been built: run `pip install" in answer.stderr and "Traceback" not in answer.stderr
+    assert re.search(r"has not been built.*: run `pip install", answer.stderr) and "Traceback" not in answer.stderr
 
 
 def test_import_is_light():

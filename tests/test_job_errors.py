@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -65,14 +66,36 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     "steps": (["--sampler", "heun", "--nfe", "5"], ["nfe: a step of heun takes 2 evaluations, got 5", "4 is near"]),
     "shard size": (["--shard-size", "6"], ["shard_size: expected a multiple of the batch, 4, got 6"]),
     "sde": (["--sde", "edm"], ["sde: expected one of vp, subvp, ve"]),
-    "sde options": (["--sde-options", "gamma=1"], ["sde_options:", "gamma"]),
+    "sde options": (
+        ["--sde-options", "gamma=1"],
+        ["sde_options: vp has the options beta_min, beta_max, N, got gamma\n"],
+    ),
+    "sde option misspelt": (["--sde-options", "beta_mx=3"], ["got beta_mx; is beta_max meant?"]),
+    "sde option of another": (
+        ["--sde", "ve", "--sde-options", "beta_max=3"],
+        ["sde_options: ve has the options sigma_min, sigma_max, N, got beta_max"],
+    ),
+    "sde steps": (["--sde-options", "N=10.5"], ["sde_options: N: expected a whole number of steps", "got 10.5"]),
     "sde values": (["--sde-options", "beta_min=-1"], ["sde_options: beta_min"]),
     "device": (["--device", "abacus"], ["device: cannot use 'abacus'"]),
     "range": (["--data-range", "1,0"], ["data_range: expected two rising numbers"]),
     "format": (["--network", f"{NETWORKS}:vector"], ["format: npz holds images (C, H, W)"]),
     "channels": (["--shape", "2,4,4", "--format", "png"], ["format: png holds 1 or 3 channels"]),
     "grid": (["--grid", "nowhere.json"], ["nfe, grid: expected one of them"]),
-    "predictor": (["--sampler", "pc", "--predictor", "best"], ["best"]),
+    "predictor": (
+        ["--sampler", "pc", "--predictor", "best"],
+        ["sample: predictor: expected one of euler_maruyama, reverse_diffusion, ancestral_sampling, none, got 'best'."],
+    ),
+    "corrector": (["--sampler", "pc", "--corrector", "best"], ["corrector: expected one of langevin, ald, none, got"]),
+    "predictor for another sde": (
+        ["--sampler", "pc", "--predictor", "ancestral_sampling", "--sde", "subvp"],
+        ["sde: ancestral sampling is known for VPSDE and VESDE, got subVPSDE"],
+    ),
+    "predictor with few steps": (["--sampler", "pc"], ["N: expected at least beta_max = 20 steps", "got 1."]),
+    "shape of the network": (
+        ["--network", f"{NETWORKS}:flat"],
+        ["shape: expected the shape of one sample, for example 3,32,32, got 16"],
+    ),
     "discrete": (["--no-continuous"], ["continuous: sampler unipc needs"]),
     "config": (["--config", "nowhere.yaml"], ["config: cannot read nowhere.yaml"]),
     "unknown option": (["--speed", "9"], ["--speed"]),
@@ -232,9 +255,27 @@ def test_likelihood_and_calibrate(tmp_path: Path, capsys: Any) -> None:
     refused(capsys, ["likelihood", *problem, *out, "--data", str(tmp_path / "data.npz")], "data: expected samples in")
     refused(capsys, ["likelihood", *problem, *out, "--data", str(tmp_path / "data.npy")], "got NaN or Inf")
     refused(capsys, ["calibrate", *problem, "--nfe", "0", *out], "nfe: expected a whole number from 1 on")
-    refused(capsys, ["calibrate", *problem, "--nfe", "5", "--order", "5", *out], "order: expected 1, 2, 3 or 4")
+    refused(
+        capsys,
+        ["calibrate", *problem, "--nfe", "5", "--order", "5", *out],
+        "order: expected a whole number from 1 to 4, got 5",
+    )
     refused(capsys, ["calibrate", *problem, "--nfe", "5", "--out", str(tmp_path)], "out: cannot write to")
+    np.save(tmp_path / "data.npy", np.zeros((2, 3, 4, 4), np.float32))
+    unlike = ["--network", f"{NETWORKS}:unlike", "--device", "cpu", *out]
+    refused(capsys, ["likelihood", *unlike, "--data", str(tmp_path / "data.npy")], "does not take a sample of shape")
+    refused(
+        capsys, ["calibrate", *unlike, "--nfe", "5", "--shape", "1,4,4"], "does not take a sample of shape (1, 4, 4)"
+    )
     assert not (tmp_path / "out.npz").exists()
+
+
+def test_calibration_that_fails_is_one_line(tmp_path: Path, capsys: Any) -> None:
+    arguments = ["--network", f"{NETWORKS}:odd", "--device", "cpu", "--nfe", "5", "--out", str(tmp_path / "grid.json")]
+    assert main(["calibrate", *arguments]) == 1
+    assert re.fullmatch(
+        r"scoresde calibrate: stopped: The integration .* failed, .* NaN or Inf.*\n", capsys.readouterr().err
+    )
 
 
 def test_options_are_not_torchruns() -> None:

@@ -599,10 +599,10 @@ def never(x: Tensor, labels: Tensor) -> Tensor:
     ("options", "message"),
     [
         ({"method": "RK45"}, "method: expected one of dpmpp_2m_sde, unipc_sde, adaptive, got 'RK45'"),
-        ({"order": 3}, "order: expected one of 1, 2, got 3"),
+        ({"order": 3}, "order: expected a whole number from 1 to 2, got 3"),
         ({"on_failure": "ignore"}, "on_failure: expected one of raise, status"),
-        ({"steps": 0}, "steps: expected a positive number of steps, got 0"),
-        ({"steps": 2.5}, "steps: expected a positive number of steps, got 2.5"),
+        ({"steps": 0}, "steps: expected a number of steps from 1 on, got 0"),
+        ({"steps": 2.5}, "steps: expected a number of steps from 1 on, got 2.5"),
         ({"steps": 5, "grid": [1.0, EPS]}, "steps, grid: expected one of them, got both"),
         ({"grid": [1.0, 0.5]}, "grid: expected times that fall from T = 1 to eps = 0.001"),
         ({"method": "adaptive", "steps": 5}, "steps, grid: method 'adaptive' chooses its own steps"),

@@ -8,7 +8,6 @@ loops of them that a GPU can run by itself, ``refill`` gives the slots of finish
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from .. import graphs
 from ..callers import say_no_gradient, untraced
-from ..checks import check_state, check_tolerances
+from ..checks import check_choice, check_flags, check_state, check_times, check_tolerances, real, whole
 from .drift import Drift, Function, Terms, Time, needs_double, time_vector
 from .multistep import MULTISTEP, Adaptive, AdaptiveOnHost, CalibratedGrid, FixedGrid, Flow, grid_tables
 from .refill import Finished, Stream
@@ -126,7 +125,8 @@ def solve(
             handed on as it is.
         SolverError: some samples could not be finished (unless ``on_failure='status'``); ``.solution`` has the others.
     """
-    _check_choice("on_failure", on_failure, ("raise", "status"))
+    check_choice("on_failure", on_failure, ("raise", "status"))
+    check_flags(progress=progress)
     run, angle = prepare(
         f,
         t_span,
@@ -175,9 +175,6 @@ def stream(
     Raises:
         ValueError, TypeError: an argument is wrong; before any evaluation. What ``f`` raises is handed on.
     """
-    for name, value, least in (("count", count, 0), ("slots", slots, 1)):
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f"{name}: expected a whole number from {least} on, got {value!r}.")
     taken = sorted({"control", "t_eval", "steps", "grid", "on_failure", "progress", "graph"} & options.keys())
     if taken:
         raise ValueError(f"{taken[0]}: a stream takes an adaptive method with one step size a sample. Leave it out.")
@@ -219,8 +216,11 @@ def prepare(
     the caller records gradients."""
     packed = isinstance(y0, tuple)
     ys = y0 if isinstance(y0, tuple) else (y0,)
-    _check_problem(f, t_span, ys)
-    _check_choices(control, coordinate, max_steps)
+    start, end = _check_problem(f, t_span, ys)
+    check_choice("control", control, CONTROLS)
+    check_choice("coordinate", coordinate, COORDINATES)
+    check_flags(pi=pi)
+    max_steps = whole("max_steps", max_steps, 1, expected="a number of steps")
     plan = graph if isinstance(graph, graphs.Plan) else graphs.Plan(graph)
     graphs.check(plan.asked, ys[0].device)
     if steps is not None and grid is not None:
@@ -228,14 +228,14 @@ def prepare(
     fixed = steps is not None or grid is not None
     if fixed and t_eval is not None:
         raise ValueError("t_eval: expected an adaptive method; with fixed steps, integrate from time to time.")
-    start, end = (float(t) for t in t_span)
     calibrated = grid if grid is not None and isinstance(grid, CalibratedGrid) else None
     if calibrated and method != "unipc":
         raise ValueError(f"grid: this one was calibrated for method='unipc', got {method!r}.")
-    times = None if grid is None else _check_grid(calibrated.times if calibrated else grid, start, end)
-    wanted = None if t_eval is None else _check_t_eval(t_eval, start, end)
+    ends = "t_span[0]", "t_span[1]"
+    times = None if grid is None else check_times("grid", calibrated.times if calibrated else grid, start, end, ends)
+    wanted = None if t_eval is None else check_times("t_eval", t_eval, start, end, ends, within=True)
     if not fixed:
-        check_tolerances(rtol, atol, *ys)
+        rtol, atol = check_tolerances(rtol, atol, *ys)
     if grads:
         say_no_gradient("y0", *ys)
     ys = tuple(y.detach().contiguous() for y in ys)
@@ -244,7 +244,8 @@ def prepare(
 
     run: Run
     if method in MULTISTEP:
-        flow = _check_multistep(f, str(method), order, coordinate, pi, first_step)
+        flow = _check_multistep(f, str(method), coordinate, pi)
+        order, first_step = whole("order", order, 1, 4), _check_first_step(first_step, math.inf)
         if fixed:
             times = times or _angle_grid(flow, start, end, steps)
             matrices = calibrated.tables(flow) if calibrated else (grid_tables(flow, times, order, str(method)), False)
@@ -278,7 +279,7 @@ def prepare(
     if fixed:
         run = FixedSteps(tableau, times or _even(steps, *span), drift, *problem, None, progress)
     else:
-        _check_first_step(first_step, abs(span[1] - span[0]))
+        first_step = _check_first_step(first_step, abs(span[1] - span[0]))
         joint = Joint if graphs.backend_of(ys[0].device) is None else JointOnDevice
         kind = PerSample if per_sample else joint
         run = kind(tableau, rtol, atol, first_step, pi, drift, *problem, wanted, progress)
@@ -292,50 +293,33 @@ def _method(method: str | Tableau) -> Tableau:
     return tableau_of(method)
 
 
-def _check_problem(f: Any, t_span: tuple[float, float], ys: tuple[Tensor, ...]) -> None:
+def _check_problem(f: Any, t_span: tuple[float, float], ys: tuple[Tensor, ...]) -> tuple[float, float]:
+    """Start and end, where the problem is one."""
     if not callable(f) and not hasattr(f, "terms"):
         raise TypeError(f"f: expected a function f(t, y) or a Drift, got {type(f).__name__}.")
     try:
-        start, end = (float(t) for t in t_span)
+        start, end = t_span
     except (TypeError, ValueError):
-        raise ValueError(f"t_span: expected a start and an end time, got {t_span!r}.") from None
-    if not (math.isfinite(start) and math.isfinite(end)) or start == end:
-        raise ValueError(f"t_span: expected two different finite times, got {t_span}.")
+        raise ValueError(f"t_span: expected a start and an end time, got {t_span!r:.100}.") from None
+    start, end = real("t_span[0]", start, "a finite time"), real("t_span[1]", end, "a finite time")
+    if start == end:
+        raise ValueError(f"t_span: expected two different times, got {start} and {end}.")
     if not ys:
         raise ValueError("y0: expected at least one array, got an empty tuple.")
     for y in ys:
         check_state("y0", y)
         if len(y) != len(ys[0]) or y.device != ys[0].device or y.dtype != ys[0].dtype:
             raise ValueError("y0: expected parts of one batch size, dtype and device.")
+    return start, end
 
 
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}.")
+def _check_first_step(first_step: float | None, longest: float) -> float | None:
+    if first_step is None:
+        return None
+    return real("first_step", first_step, "a step within the interval", lambda h: 0 < h <= longest)
 
 
-def _check_choices(control: str, coordinate: str, max_steps: int) -> None:
-    _check_choice("control", control, CONTROLS)
-    _check_choice("coordinate", coordinate, COORDINATES)
-    if not isinstance(max_steps, int) or max_steps < 1:
-        raise ValueError(f"max_steps: expected a number of steps from 1 on, got {max_steps!r}.")
-
-
-def _check_first_step(first_step: float | None, longest: float) -> None:
-    if first_step is not None and not (isinstance(first_step, (int, float)) and 0 < first_step <= longest):
-        raise ValueError(f"first_step: expected a step within the interval, got {first_step!r}.")
-
-
-def _check_t_eval(times: Sequence[float], start: float, end: float) -> list[float]:
-    wanted = [float(t) for t in times]
-    direction = math.copysign(1.0, end - start)
-    path = [direction * t for t in (start, *wanted, end)]
-    if not all(math.isfinite(t) for t in path) or path != sorted(path):
-        raise ValueError(f"t_eval: expected times from {start:g} to {end:g}, in this order, got {wanted}.")
-    return wanted
-
-
-def _check_multistep(f: Any, method: str, order: int, coordinate: str, pi: bool, first_step: float | None) -> Flow:
+def _check_multistep(f: Any, method: str, coordinate: str, pi: bool) -> Flow:
     if not hasattr(f, "require_affine"):
         raise ValueError(f"method: {method!r} expects f to be the ProbabilityFlow of an affine SDE, got {f!r:.80}.")
     f.require_affine(f"method={method!r}")
@@ -343,9 +327,6 @@ def _check_multistep(f: Any, method: str, order: int, coordinate: str, pi: bool,
         raise ValueError(f"coordinate: {method!r} has its own, the angle; leave it at 't', got {coordinate!r}.")
     if pi:
         raise ValueError(f"pi: leave it at False, {method!r} has a controller of its own.")
-    if not isinstance(order, int) or not 1 <= order <= 4:
-        raise ValueError(f"order: expected 1, 2, 3 or 4, got {order!r}.")
-    _check_first_step(first_step, math.inf)
     return f
 
 
@@ -356,19 +337,7 @@ def _angle_grid(flow: Flow, start: float, end: float, steps: int | None) -> list
     return [start, *flow.sde.time_at(-inner.tan().log()).tolist(), end]
 
 
-def _check_grid(grid: Any, start: float, end: float) -> list[float]:
-    times = [float(t) for t in grid]
-    rises = [(b - a) * (end - start) > 0 for a, b in itertools.pairwise(times)]
-    if not rises or not all(rises) or times[0] != start or times[-1] != end:
-        raise ValueError(
-            f"grid: expected different times from t_span[0] = {start:g} to t_span[1] = {end:g}, in this order, "
-            f"got {times}."
-        )
-    return times
-
-
 def _even(steps: int | None, start: float, end: float) -> list[float]:
-    if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps: expected a positive number of steps, got {steps!r}.")
+    steps = whole("steps", steps, 1, expected="a number of steps")
     h = (end - start) / steps
     return [start + i * h for i in range(steps)] + [end]

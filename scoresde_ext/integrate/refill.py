@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..callers import untraced
+from ..checks import whole
 from .results import RUNNING
 from .run import Raised, column
 
@@ -56,7 +57,8 @@ class Stream:
         slots: int,
         after: Callable[[Finished], Finished] | None = None,
     ) -> None:
-        self.begin_run, self.count, self.slots, self.after = begin, count, slots, after
+        self.count, self.slots = whole("count", count, 0), whole("slots", slots, 1)
+        self.begin_run, self.after = begin, after
         self.ended: list[Finished] = []  # those that wait for ``after``
         self.computed = self.needed = self.nfe = 0
         self.waiting: Any = None  # begun samples without a slot,

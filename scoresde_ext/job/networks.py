@@ -5,6 +5,7 @@ Two things are executed: the module that was named, and its function. Checkpoint
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import importlib.util
 import inspect
@@ -16,8 +17,9 @@ from typing import Any
 import torch
 
 from .. import sde_lib, utils
+from ..models import utils as mutils
 from ..models.ema import check_shapes
-from .settings import Problem, Refused, first_line, reason
+from .settings import Problem, Refused, first_line, reason, sizes
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _SDES: dict[str, Any] = {"vp": sde_lib.VPSDE, "subvp": sde_lib.subVPSDE, "ve": sde_lib.VESDE}
@@ -25,14 +27,20 @@ _SDES: dict[str, Any] = {"vp": sde_lib.VPSDE, "subvp": sde_lib.subVPSDE, "ve": s
 
 def make_sde(settings: Problem, N: int | None = None) -> sde_lib.AffineSDE:
     """The SDE that was asked for."""
-    options: dict[str, Any] = dict(settings.sde_options or {})
-    if "N" in options:
-        options["N"] = int(options["N"])
+    given = settings.sde_options or {}
+    options: dict[str, Any] = {name: int(v) if v.is_integer() else v for name, v in given.items()}
+    make = _SDES[settings.sde]
+    known = list(inspect.signature(make).parameters)
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            meant = f"; is {near[0]} meant?" if near else ""
+            raise Refused(f"sde_options: {settings.sde} has the options {', '.join(known)}, got {name}{meant}")
     if N is not None:
         options["N"] = N
     try:
-        return _SDES[settings.sde](**options)
-    except (TypeError, ValueError) as error:
+        return make(**options)
+    except ValueError as error:
         raise Refused(f"sde_options: {first_line(error)}") from None
 
 
@@ -163,7 +171,22 @@ def sample_shape(settings: Problem, network: Any) -> tuple[int, ...]:
     shape = settings.shape or getattr(network, "sample_shape", None)
     if shape is None:
         raise Refused("shape: the network has no attribute sample_shape. Give --shape, for example 3,32,32")
-    return tuple(int(n) for n in shape)
+    try:
+        return sizes(shape)
+    except ValueError as error:
+        raise Refused(f"shape: {error}, got {shape!r:.100}") from None
+
+
+def try_network(network: Any, sde: sde_lib.SDE, shape: tuple[int, ...], device: torch.device, continuous: bool) -> None:
+    """One evaluation shows what does not fit."""
+    x = torch.zeros((1, *shape), device=device)
+    try:
+        with torch.no_grad():
+            score_fn = mutils.get_score_fn(sde, network, continuous=continuous)
+            score_fn(x, torch.full((1,), float(sde.T), device=device))
+    except Exception as error:
+        what = f"network: does not take a sample of shape {shape}"
+        raise Refused(f"{what}: {type(error).__name__}: {first_line(error):.300}") from None
 
 
 def read(path: str, what: str) -> bytes:

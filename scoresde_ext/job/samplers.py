@@ -21,9 +21,8 @@ from .. import integrate, noise
 from ..grids import Grid
 from ..integrate import SolverError, Status
 from ..integrate.results import REASONS
-from ..models import utils as mutils
 from ..predictors import get_corrector, get_predictor
-from ..sampling import get_ode_sampler, get_pc_sampler
+from ..sampling import PCLoop, PcSampler, get_ode_sampler, get_pc_sampler
 from ..stochastic import get_sde_sampler
 from . import networks, shards
 from .settings import Refused, Sample, first_line
@@ -83,21 +82,20 @@ class Sampling:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                self.sampler(1, (settings.seed, [0]))
-        except (ValueError, KeyError, TypeError) as error:
+                sampler = self.sampler(1, (settings.seed, [0]))
+            networks.try_network(network, self.sde, self.shape, device, settings.continuous)
+            if isinstance(sampler, PcSampler):
+                self._try_steps(sampler)
+        except (ValueError, KeyError, TypeError, NotImplementedError, AssertionError) as error:
             raise Refused(first_line(error)) from None
-        self._try_network()
 
-    def _try_network(self) -> None:
-        """One evaluation shows what does not fit."""
+    def _try_steps(self, sampler: PcSampler) -> None:
+        """One step of one sample shows whether predictor and corrector know the SDE."""
         x = torch.zeros((1, *self.shape), device=self.device)
-        try:
-            with torch.no_grad():
-                score_fn = mutils.get_score_fn(self.sde, self.network, continuous=self.settings.continuous)
-                score_fn(x, torch.full((1,), float(self.sde.T), device=self.device))
-        except Exception as error:
-            what = f"network: does not take a sample of shape {self.shape}"
-            raise Refused(f"{what}: {type(error).__name__}: {first_line(error):.300}") from None
+        t = torch.full((1,), float(self.sde.T), device=self.device)
+        with torch.no_grad(), noise.seeds(self.settings.seed, [0]):
+            loop = PCLoop(self.sde, self.network, *sampler.steps)
+            loop.predict(loop.correct(x, t)[0], t)
 
     def _load_grid(self) -> Any:
         if self.settings.grid is None:

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..checks import as_real, as_whole
+
 SDES = ("vp", "subvp", "ve")
 FORMATS = ("npz", "npy", "pt", "png", "png-folder")
 ADAPTIVE_ODE = ("unipc", "RK23", "RK45", "DOP853")  # without nfe and grid
@@ -32,12 +34,12 @@ Parser = Callable[[Any], Any]
 def whole(least: int) -> Parser:
     def parse(value: Any) -> int:
         try:
-            number = int(value) if isinstance(value, str) else value
+            found = int(value) if isinstance(value, str) else as_whole(value)
         except ValueError:
-            number = None
-        if not isinstance(number, int) or isinstance(number, bool) or number < least:
+            found = None
+        if found is None or found < least:
             raise ValueError(f"expected a whole number from {least} on")
-        return number
+        return found
 
     return parse
 
@@ -47,10 +49,10 @@ def number(above: float = -math.inf, least: float = -math.inf) -> Parser:
 
     def parse(value: Any) -> float:
         try:
-            found = math.nan if isinstance(value, bool) else float(value)  # YAML takes 1e-3 for a string
-        except (TypeError, ValueError):
-            found = math.nan
-        if not (math.isfinite(found) and found > above and found >= least):
+            found = float(value) if isinstance(value, str) else as_real(value)  # YAML takes 1e-3 for a string
+        except ValueError:
+            found = None
+        if found is None or not (math.isfinite(found) and found > above and found >= least):
             raise ValueError(f"expected a number {words}".rstrip())
         return found
 
@@ -273,7 +275,8 @@ def read_config(path: str) -> dict[str, Any]:
 
 
 def first_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    words = error.args[0] if isinstance(error, KeyError) and error.args else error  # as text, a KeyError has quotes
+    return " ".join(str(words).split()) or type(error).__name__
 
 
 def reason(error: BaseException) -> str:

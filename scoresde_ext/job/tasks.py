@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,15 @@ from . import files, networks
 from .settings import Calibrate, Likelihood, Problem, Refused, first_line, reason
 
 
-def prepared(settings: Problem) -> tuple[Any, Any, torch.device]:
-    """Network, SDE and device."""
+def prepared(settings: Problem, shape: tuple[int, ...] | None = None) -> tuple[Any, Any, torch.device, tuple[int, ...]]:
+    """Network, SDE, device and the shape of a sample, which is the network's if None."""
     check_writable(settings.out)
     device = networks.choose_device(settings.device, 0)
     sde = networks.make_sde(settings)
-    return networks.load_network(settings, device), sde, device
+    network = networks.load_network(settings, device)
+    shape = networks.sample_shape(settings, network) if shape is None else shape
+    networks.try_network(network, sde, shape, device, continuous=True)
+    return network, sde, device, shape
 
 
 def check_writable(out: str) -> None:
@@ -42,13 +46,12 @@ def check_writable(out: str) -> None:
 
 def calibrate(settings: Calibrate) -> int:
     """Writes the grid, and says how exact it is."""
-    network, sde, device = prepared(settings)
-    shape = (1, *networks.sample_shape(settings, network))
+    network, sde, device, shape = prepared(settings)
     try:
         grid = calibrate_grid(
             sde,
             network,
-            shape,
+            (1, *shape),
             nfe=settings.nfe,
             order=settings.order,
             eps=settings.eps,
@@ -60,6 +63,11 @@ def calibrate(settings: Calibrate) -> int:
         )
     except ValueError as error:
         raise Refused(first_line(error)) from None
+    except SolverError as error:
+        if error.__cause__ is not None:  # of the network
+            raise error.__cause__ from None
+        print(f"scoresde calibrate: stopped: {first_line(error)}", file=sys.stderr)
+        return 1
     grid.save(settings.out)
     print(
         f"{settings.out}: {grid.nfe} evaluations a sample, {'theoretical' if grid.fitted is None else 'fitted'} "
@@ -72,7 +80,7 @@ def calibrate(settings: Calibrate) -> int:
 def likelihood(settings: Likelihood) -> int:
     """Writes ``bpd`` (or ``log_p``, in nats) and ``ids``. Returns 1 where some are not finite."""
     data = read_data(settings)
-    network, sde, device = prepared(settings)
+    network, sde, device, _ = prepared(settings, tuple(data.shape[1:]))
     low, high = settings.data_range
     options: dict[str, Any] = {"rtol": settings.rtol, "atol": settings.atol, "eps": settings.eps}
 

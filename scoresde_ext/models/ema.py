@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from ..checks import check_flags, real
+
 _AVERAGED_IN = {torch.bfloat16: torch.float32, torch.float16: torch.float32}  # others in their own dtype
 
 
@@ -32,6 +34,7 @@ class ExponentialMovingAverage:
 
     def __init__(self, parameters: Iterable[Parameter], decay: float, use_num_updates: bool = True) -> None:
         self.decay = _check_decay(decay)
+        check_flags(use_num_updates=use_num_updates)
         self.num_updates: int | None = 0 if use_num_updates else None
         parameters = list(parameters)
         self._is_averaged = [p.requires_grad for p in parameters]
@@ -145,6 +148,4 @@ def check_shapes(name: str, tensors: Sequence[Tensor], wanted: Sequence[Tensor],
 
 
 def _check_decay(decay: Any) -> float:
-    if not 0.0 <= decay <= 1.0:
-        raise ValueError(f"decay: expected a number in [0, 1], got {decay}.")
-    return float(decay)
+    return real("decay", decay, "a number in [0, 1]", lambda v: 0 <= v <= 1)

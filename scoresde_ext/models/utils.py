@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from .. import sde_lib
 from .._C import host
 from ..callers import warn
-from ..checks import check_inputs, traced
+from ..checks import check_flags, check_inputs, traced
 from ..integrate.drift import Lent, time_vector
 from ..reach import Network, modules_of, same_modules_of
 from ..reference import rows
@@ -174,7 +174,8 @@ def _recorded_in(module: fx.GraphModule, train: bool) -> bool:
 
 def get_model_fn(model: Network, train: bool = False) -> Callable[[Tensor, Tensor], Tensor]:
     """``model_fn(x, labels)``: the network in the mode asked for. A plain function is accepted as a network."""
-    return _network(model, train)
+    check_flags(train=train)
+    return _network(model, bool(train))  # also where it is numpy's
 
 
 def _network(model: Network, train: bool, each_step: bool = False) -> CheckedNetwork:
@@ -195,6 +196,9 @@ class CheckedNetwork:
     """
 
     def __init__(self, model: Network, modules: Sequence[nn.Module] | None = None, lent: bool = False) -> None:
+        if not callable(model) or isinstance(model, type):
+            got = f"the class {model.__name__}" if isinstance(model, type) else f"{model!r:.100}"
+            raise ValueError(f"model: expected a network, a module or a function of (x, labels), got {got}.")
         self.model, self.modules = model, same_modules_of(model) if modules is None else modules
         dtypes = {_dtype_of(module) for module in self.modules} - {None}
         self.dtype = dtypes.pop() if len(dtypes) == 1 else None
@@ -290,6 +294,8 @@ def get_score_fn(sde: sde_lib.SDE, model: Network, train: bool = False, continuo
     Raises:
         NotImplementedError: another SDE.
     """
+    sde_lib.recognised(sde)
+    check_flags(continuous=continuous)
     return make_score_fn(sde, get_model_fn(model, train), continuous)
 
 
