@@ -73,8 +73,8 @@ class _Optimize:
         warmup = self.warmup if warmup is None else warmup
         grad_clip = self.grad_clip if grad_clip is None else grad_clip
         lr, warmup, step = real("lr", lr), real("warmup", warmup), whole("step", step, 0)
-        grad_clip = real("grad_clip", grad_clip, "a number", lambda v: not math.isnan(v))
-        if grad_clip == 0:
+        grad_clip = real("grad_clip", grad_clip, "a number", lambda v: True)
+        if grad_clip == 0 or math.isnan(grad_clip):
             raise ValueError(
                 f"grad_clip: expected a norm above 0, got {grad_clip}; clipping to 0 trains nothing. "
                 "For no clipping use -1."

@@ -21,7 +21,7 @@ import abc
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, ClassVar, NoReturn, TypeGuard, TypeVar
+from typing import Any, ClassVar, TypeGuard, TypeVar
 
 import numpy as np
 import torch
@@ -501,19 +501,11 @@ class _DiscreteVP(_Tabulated):
 
     def discrete_beta(self, t: Any) -> Any:
         """beta of the discrete process at times ``t``."""
-        beta = self.row("discrete_betas", t)
-        return beta if isinstance(beta, Tensor) or beta <= 1.0 else self._refuse_steps()
+        return self.row("discrete_betas", t)
 
     def discrete_alpha(self, t: Any) -> Any:
         """alpha = 1 - beta of the discrete process at times ``t``."""
-        alpha = self.row("alphas", t)
-        return alpha if isinstance(alpha, Tensor) or alpha >= 0.0 else self._refuse_steps()
-
-    def _refuse_steps(self) -> NoReturn:
-        raise ValueError(
-            f"N: expected at least beta_max = {self.beta_1:g} steps for the discrete process, got {self.N}. "
-            "euler_maruyama without a corrector takes fewer."
-        )
+        return self.row("alphas", t)
 
     def beta(self, t: Time) -> Time:
         return self.beta_0 + t * (self.beta_1 - self.beta_0)

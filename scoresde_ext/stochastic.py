@@ -127,7 +127,8 @@ def get_sde_sampler(
     order, max_steps = whole("order", order, 1, 2), whole("max_steps", max_steps, 1, expected="a number of steps")
     if not is_affine(process):
         raise ValueError(f"sde: expected an AffineSDE, which says what its transitions are, got {type(sde).__name__}.")
-    _times(process, eps, method, steps, grid)  # wrong ones are refused now
+    times = _times(process, eps, method, steps, grid)  # wrong ones are refused now
+    grid = times if grid is not None else None
 
     make_run = functools.partial(
         _make_run, method, steps, grid, order, rtol, atol, denoise, (float(sde.T), float(eps)), max_steps, progress

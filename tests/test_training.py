@@ -117,7 +117,7 @@ def test_a_loss_that_is_nan(grad_clip: float) -> None:
 
 
 def test_on_nonfinite_is_one_of_two() -> None:
-    with pytest.raises(ValueError, match="on_nonfinite: expected 'raise' or 'skip', got 'ignore'"):
+    with pytest.raises(ValueError, match="on_nonfinite: expected one of raise, skip, got 'ignore'"):
         losses.get_step_fn(VP, True, lambda *_, **__: None, on_nonfinite="ignore")
 
 
