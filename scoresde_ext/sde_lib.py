@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .checks import check_inputs, traced
+from .checks import check_inputs, of_values, transformed
 from .reference import rows
 
 Time = TypeVar("Time", Tensor, float)
@@ -247,13 +247,13 @@ class AffineSDE(SDE):
             # Newton's error is squared at each step: below 1e-8, the step found the last digit.
             at_end = torch.where(good, (newton - t).abs() <= 1e-8 * t, late - early <= 1e-15 * late)
             t, found = torch.where(found, t, following), found | at_end
-            if t.is_cpu and not traced() and bool(found.all()):  # elsewhere that would wait for the device
+            if t.is_cpu and of_values(lambda v: bool(v.all()), found):  # elsewhere that would wait for the device
                 break
         return torch.where(log_snr.isnan(), log_snr, t)
 
     def _bracket(self, log_snr: Tensor) -> tuple[Tensor, Tensor]:
         """Neighbours in a table of times between which the log-SNR takes these values."""
-        if log_snr.is_cpu or traced():
+        if log_snr.is_cpu or transformed():
             table = self._falling().to(log_snr.device)
         else:  # made and looked at once
             kept = self.__dict__.setdefault("_tables", {})
@@ -304,7 +304,7 @@ class AffineSDE(SDE):
         """The table of the discrete process that is the attribute ``name``, in the dtype of ``like`` and on its device:
         it is moved there once."""
         table: Tensor = getattr(self, name)
-        if table.device == like.device or traced():
+        if table.device == like.device or torch.compiler.is_compiling() or transformed():
             return table.to(like.device, like.dtype)
         kept = self.__dict__.setdefault("_tables", {})
         key = name, like.device, like.dtype
