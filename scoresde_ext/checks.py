@@ -223,7 +223,7 @@ def finite(*arrays: Tensor) -> bool:
 def check_state(name: str, y: Any) -> None:
     """A state is a floating-point tensor (B, ...) without NaN or Inf, which are looked for where there are values."""
     check_array(name, y)
-    if recorded():
+    if torch.compiler.is_compiling():
         return
     if y.is_meta:
         raise ValueError(f"{name}: expected a tensor with values, got one on {y.device}.")

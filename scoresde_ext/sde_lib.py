@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .checks import check_flags, check_inputs, check_sde, real, traced, whole
+from .checks import check_flags, check_inputs, check_sde, of_values, real, transformed, whole
 from .reference import rows
 
 Time = TypeVar("Time", Tensor, float)
@@ -262,13 +262,13 @@ class AffineSDE(SDE):
             # Newton's error is squared at each step: below 1e-8, the step found the last digit.
             at_end = torch.where(good, (newton - t).abs() <= 1e-8 * t, late - early <= 1e-15 * late)
             t, found = torch.where(found, t, following), found | at_end
-            if t.is_cpu and not traced() and bool(found.all()):  # elsewhere that would wait for the device
+            if t.is_cpu and of_values(lambda v: bool(v.all()), found):  # elsewhere that would wait for the device
                 break
         return torch.where(log_snr.isnan(), log_snr, t)
 
     def _bracket(self, log_snr: Tensor) -> tuple[Tensor, Tensor]:
         """Neighbours in a table of times between which the log-SNR takes these values."""
-        if log_snr.is_cpu or traced():
+        if log_snr.is_cpu or transformed():
             table = self._falling().to(log_snr.device)
         else:  # made and looked at once
             kept = self.__dict__.setdefault("_tables", {})
@@ -319,7 +319,7 @@ class AffineSDE(SDE):
         """The table of the discrete process that is the attribute ``name``, in the dtype of ``like`` and on its device:
         it is moved there once."""
         table = self._checked_table(name)
-        if table.device == like.device or traced():
+        if table.device == like.device or torch.compiler.is_compiling() or transformed():
             return table.to(like.device, like.dtype)
         kept = self.__dict__.setdefault("_tables", {})
         key = name, like.device, like.dtype
