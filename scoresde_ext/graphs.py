@@ -411,8 +411,8 @@ class Plan:
         if self.asked == "auto" and (self.cache is None or self.key is None):
             return Choice(
                 "off",
-                "a captured loop pays where it is used again: for a torch.nn.Module, by a sampler. graph='while' "
-                "captures one all the same",
+                "a captured loop pays where it is used again: for a torch.nn.Module or a function around one, by a "
+                "sampler. graph='while' captures one all the same",
             )
         if known_length:
             return Choice("replay", "the number of steps is known: nothing has to be asked")

@@ -19,8 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import traced
-
 Network = Callable[[Tensor, Tensor], Tensor]
 
 DEPTH = 5  # a function in an attribute of an object that a closure holds has depth 3
@@ -37,7 +35,7 @@ def modules_of(network: Any) -> tuple[nn.Module, ...]:
     which they are found."""
     if isinstance(network, nn.Module):
         return (network,)
-    if traced():  # torch.compile does not follow, and a function inside it was called outside before
+    if torch.compiler.is_compiling():  # it cannot follow: modules behind a function stay in the mode they are in
         return ()
     return tuple(value for value in reached(network) if isinstance(value, nn.Module))
 
@@ -47,7 +45,7 @@ _known: weakref.WeakKeyDictionary[Any, tuple[list[int], list[weakref.ref[nn.Modu
 
 def same_modules_of(network: Any) -> Sequence[nn.Module]:
     """:func:`modules_of`, found once for a function as long as it holds the same values: for every training step."""
-    if isinstance(network, nn.Module) or traced():
+    if isinstance(network, nn.Module) or torch.compiler.is_compiling():
         return modules_of(network)
     held = [id(value) for value in _held(network)]
     try:

@@ -276,8 +276,8 @@ def get_pc_sampler(
         on_failure: ``raise`` a SolverError, or ``status``: return the samples with NaN or Inf as they are.
         progress: a progress bar on a terminal.
         graph: on a GPU, ``replay`` captures a step as a CUDA graph (all steps, where there is a grid) and launches it
-            again and again; so do ``while``, and ``auto`` for a network that is a module. ``off`` calls the network
-            step by step. ``sampler.graph`` says what the last call did and why. See
+            again and again; so do ``while``, and ``auto`` for a module or a function around modules. ``off`` calls the
+            network step by step. ``sampler.graph`` says what the last call did and why. See
             :func:`scoresde_ext.sampling.get_ode_sampler`.
 
     Raises:

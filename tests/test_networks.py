@@ -13,6 +13,7 @@ from every_run import SHAPE, VP, OwnSDE, Run, data, found, runs, same
 from flows import CosineSDE
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from scoresde_ext import (
     controllable_generation,
@@ -453,3 +454,11 @@ def test_a_gradient_in_latents_or_data_that_is_not_recorded_is_said() -> None:
             call(x.detach())
             with torch.no_grad():
                 call(x)
+
+
+def test_the_search_under_a_mode_of_torchs() -> None:
+    """A profiler that sees every operation is no compiler."""
+    net = make_net(train=True)
+    with FlopCounterMode(display=False):
+        found(runs()["pc"], lambda x, labels: net(x, labels))
+    assert not net.drop.training

@@ -47,26 +47,25 @@ class Drift(Protocol):
 
 
 class Lent:
-    """A function of tensors that may write to them, ``x.relu_()``: those of the caller stay as they are.
+    """Calls a function of tensors that may write to them, ``x.relu_()``: those of the caller stay as they are.
 
-    The first call gets copies. Where it writes to one, every call gets copies, else none does: an evaluation copies
-    nothing for a function that only reads. ``name`` is that of the argument whose function it is.
+    The first call gets copies. Where it writes to one, every call does, else none does: an evaluation copies nothing
+    for a function that only reads. ``name`` is that of the argument whose function it is.
     """
 
-    def __init__(self, function: Callable[..., Any], name: str) -> None:
-        self.function, self.name = function, name
+    def __init__(self, name: str) -> None:
+        self.name, self.called = name, False
         self.copied: Callable[[Tensor], Tensor] | None = None
-        self.called = False
 
-    def __call__(self, *args: Tensor) -> Any:
+    def __call__(self, function: Callable[..., Any], *args: Tensor) -> Any:
         if torch.compiler.is_compiling():
-            return self.function(*args)
+            return function(*args)
         if not self.called:
-            return self._first(args)
+            return self._first(function, args)
         if self.copied is not None:
-            return self.function(*map(self.copied, args))
+            return function(*map(self.copied, args))
         versions = [v._version for v in args]
-        result = self.function(*args)
+        result = function(*args)
         if versions != [v._version for v in args]:
             raise RuntimeError(
                 f"{self.name}: expected inputs to be left as they are, as at the first evaluation, got one that was "
@@ -74,15 +73,15 @@ class Lent:
             )
         return result
 
-    def _first(self, args: tuple[Tensor, ...]) -> Any:
+    def _first(self, function: Callable[..., Any], args: tuple[Tensor, ...]) -> Any:
         copies = tuple(map(_copy, args))
         try:
-            result = self.function(*copies)
+            result = function(*copies)
         except RuntimeError as error:
             if not any(_guarded(v) for v in args) or not any(why in str(error) for why in _REFUSALS):
                 raise
             self.copied = _whole_copy
-            result = self.function(*map(_whole_copy, args))
+            result = function(*map(_whole_copy, args))
         self.called = True
         # Tensors of inference mode do not count what is written to them.
         if self.copied is None and any(v.is_inference() or v._version for v in copies if not _guarded(v)):
@@ -117,7 +116,7 @@ class Function:
     """
 
     def __init__(self, f: Callable[..., Any], packed: bool, finer: bool = False, grads: bool = False) -> None:
-        self.f = Lent((lambda t, *ys: f(t, ys)) if packed else f, "f")
+        self.f, self.lent = (lambda t, *ys: f(t, ys)) if packed else f, Lent("f")
         self.packed, self.finer, self.grads = packed, finer, grads
 
     def terms(self, t: Time, ys: tuple[Tensor, ...]) -> tuple[Terms, ...]:
@@ -145,7 +144,8 @@ class Function:
         return tuple(Terms(slope) for slope in slopes)
 
     def slopes(self, t: Tensor, ys: tuple[Tensor, ...]) -> Any:
-        slopes = self.f(t, *ys) if self.packed else (self.f(t, ys[0]),)
+        slopes = self.lent(self.f, t, *ys)
+        slopes = slopes if self.packed else (slopes,)
         if self.finer and isinstance(slopes, (tuple, list)):  # products with times are float64 too
             return [v.to(ys[0].dtype) if isinstance(v, Tensor) and v.dtype == torch.float64 else v for v in slopes]
         return slopes

@@ -202,7 +202,7 @@ class CheckedNetwork:
         self.model, self.modules = model, same_modules_of(model) if modules is None else modules
         dtypes = {_dtype_of(module) for module in self.modules} - {None}
         self.dtype = dtypes.pop() if len(dtypes) == 1 else None
-        self.call = Lent(model, "model") if lent else model
+        self.lent = Lent("model") if lent else None
 
     def __call__(self, x: Tensor, labels: Tensor) -> Tensor:
         if self.dtype is not None and x.dtype != self.dtype:
@@ -210,7 +210,7 @@ class CheckedNetwork:
         if self.dtype is not None and labels.is_floating_point():
             # Labels run to 999: half precision would merge neighbours.
             labels = labels.to(torch.float64 if self.dtype == torch.float64 else torch.float32)
-        out = self.call(x, labels)
+        out = self.model(x, labels) if self.lent is None else self.lent(self.model, x, labels)
         if not isinstance(out, Tensor) or out.shape != x.shape or not out.is_floating_point():
             got = f"{out.dtype} of shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
             raise ValueError(
