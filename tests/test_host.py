@@ -78,3 +78,17 @@ def test_transformed_programs_have_torch_s_operations() -> None:
     torch.testing.assert_close((by_x, by_t), wanted)
     solve = torch.func.grad(lambda x: integrate.solve(lambda t, y: -y, (0.0, 1.0), x).y.sum())
     assert torch.equal(solve(x.detach()), torch.zeros(3, 4))
+
+
+def test_numbers_that_are_negated_when_they_are_read() -> None:
+    """As torch.neg and conj().imag leave them; and zeros that have no memory."""
+    for dtype in DTYPES:
+        for column in columns(dtype):
+            negated = torch._neg_view(-column)
+            assert host.extremes(negated) == host.extremes(column)
+            assert host.total(negated) == host.total(column)
+            assert host.norm_ratio(negated, column) == 1.0
+        assert host.extremes(torch._efficientzerotensor((5,), dtype=dtype)) == (0.0, 0.0)
+    t = torch.complex(torch.zeros(3), -torch.rand(3)).conj().imag
+    x = torch.ones(3, 2)
+    assert torch.equal(sde_lib.VPSDE().sde(x, t)[0], sde_lib.VPSDE().sde(x, t.resolve_neg())[0])

@@ -456,3 +456,11 @@ def test_numbers_of_every_kind() -> None:
     for two in (np.int64(2), np.int32(2)):
         assert torch.equal(ops.affine(x, None, two), 2 * x)
         assert torch.equal(ops.noise_normal(KEY, None, two, (two, two)), ops.noise_normal(KEY, None, 2, (2, 2)))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_data_that_are_not_finite(dtype: torch.dtype, bad: float) -> None:
+    x = torch.ones(SHAPE, dtype=dtype)
+    x[1, 2] = bad
+    refused("x0", ops.perturb_keeping, x, 1.0, 1.0, Draw(key=KEY))

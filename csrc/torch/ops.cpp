@@ -335,7 +335,7 @@ Tensor perturb(const Tensor& x, const Tensor& m, const Tensor& s, const OptTenso
 // key. NaN and Inf in the batch are found on the way.
 std::tuple<Tensor, Tensor> perturb_keeping(const Tensor& x, const Tensor& m, const Tensor& s, const Tensor& key,
                                            const OptTensor& ids, int64_t draw, int64_t kept) {
-  TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat, "x: expected float32, got ", x.scalar_type(), ".");
+  TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat, "x0: expected float32, got ", x.scalar_type(), ".");
   const Layout layout(x, "x", true);
   const Shape shape = shape_of(x, "x");
   TORCH_CHECK_VALUE(kept >= 0 && kept <= shape.rows, "kept: expected 0 to ", shape.rows, " samples, got ", kept, ".");
@@ -353,7 +353,7 @@ std::tuple<Tensor, Tensor> perturb_keeping(const Tensor& x, const Tensor& m, con
   run(cpu_kernels().affine, args, x.device());
   constexpr uint32_t infinity = 0x7f800000;
   TORCH_CHECK_VALUE(std::all_of(largest.begin(), largest.end(), [](uint32_t v) { return v < infinity; }),
-                    "x: expected finite values, got NaN or Inf.");
+                    "x0: expected finite values, got NaN or Inf.");
   return {layout.result(next), z};
 }
 
