@@ -214,7 +214,7 @@ def test_out_of_memory(sampler: str, tmp_path: Path, capsys: Any) -> None:
 def test_out_of_memory_where_mates_matter(tmp_path: Path) -> None:
     """Langevin's step is one for the batch: fewer together would be other samples."""
     with pytest.raises(torch.OutOfMemoryError):
-        job(tmp_path, "--sampler", "pc", "--nfe", "4", network="short", batch=8)
+        job(tmp_path, "--sampler", "pc", "--nfe", "48", network="short", batch=8)
 
 
 def damage(path: Path, how: str) -> None:
