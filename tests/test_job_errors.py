@@ -91,7 +91,10 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
         ["--sampler", "pc", "--predictor", "ancestral_sampling", "--sde", "subvp"],
         ["sde: ancestral sampling is known for VPSDE and VESDE, got subVPSDE"],
     ),
-    "predictor with few steps": (["--sampler", "pc"], ["N: expected at least beta_max = 20 steps", "got 1."]),
+    "predictor with few steps": (
+        ["--sampler", "pc", "--nfe", "4"],
+        ["N: expected at least beta_max = 20 steps", "got 2."],
+    ),
     "shape of the network": (
         ["--network", f"{NETWORKS}:flat"],
         ["shape: expected the shape of one sample, for example 3,32,32, got 16"],
