@@ -301,13 +301,6 @@ def check_scaler(inverse_scaler: Any) -> Callable[[Any], Any]:
     return inverse_scaler
 
 
-def check_sde(sde: Any, name: str = "sde") -> None:
-    """An SDE is an object, not its class or its name."""
-    if isinstance(sde, type) or not hasattr(sde, "sde"):
-        got = f"the class {sde.__name__}" if isinstance(sde, type) else f"{sde!r:.100}"
-        raise ValueError(f"{name}: expected an SDE object, for example sde_lib.VPSDE(), got {got}.")
-
-
 def check_eps(eps: Any, T: float) -> float:
     """The smallest time lies in (0, T): the score has no limit at 0."""
     return real("eps", eps, f"a time in (0, T = {T})", lambda t: 0 < t < T)

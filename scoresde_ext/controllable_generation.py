@@ -11,6 +11,7 @@ from torch import Tensor
 from . import noise, sampling
 from .callers import say_no_gradient, untraced
 from .checks import check_array, check_corrector, check_eps, check_flags, check_scaler, check_state
+from .foreign import recognised
 from .models import utils as mutils
 from .ode import InverseScaler
 from .reference import rows
@@ -21,7 +22,7 @@ from .sampling import (
     shared_corrector_update_fn,
     shared_predictor_update_fn,
 )
-from .sde_lib import SDE, recognised
+from .sde_lib import SDE
 
 __all__ = [
     "NoneCorrector",

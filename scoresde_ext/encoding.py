@@ -15,11 +15,12 @@ from . import ops
 from .callers import say_no_gradient, untraced
 from .checks import as_real, as_whole, check_eps, check_state, check_tolerances, real
 from .flow import ProbabilityFlow
+from .foreign import recognised
 from .integrate import SolverError
 from .likelihood import row_dot
-from .models.utils import score_function
+from .models.program import score_function
 from .ode import solve_ode
-from .sde_lib import SDE, recognised
+from .sde_lib import SDE
 
 __all__ = ["decode", "encode", "interpolate", "slerp"]
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .foreign import recognised
 from .integrate import Terms, Time, padded, time_vector
 from .models import utils as mutils
-from .sde_lib import SDE, ReverseSDE, at_time, is_affine, recognised
+from .sde_lib import SDE, ReverseSDE, at_time, is_affine
 
 
 class ProbabilityFlow:

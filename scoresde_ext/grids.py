@@ -29,11 +29,12 @@ from . import noise, ops
 from .callers import untraced
 from .checks import check_choice, check_device, check_eps, check_flags, check_shape, whole
 from .flow import ProbabilityFlow
+from .foreign import recognised
 from .integrate import solve
 from .integrate.multistep import Flow, grid_points, grid_tables, with_values
-from .models.utils import score_function
+from .models.program import score_function
 from .ode import precision_floor
-from .sde_lib import SDE, is_affine, recognised
+from .sde_lib import SDE, is_affine
 
 LOOSE = 1e-3  # tolerance of the run that shows where steps are needed
 TIGHT = 1e-6  # and of the one that is fitted to

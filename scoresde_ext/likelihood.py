@@ -30,11 +30,13 @@ from .checks import (
     whole,
 )
 from .flow import ProbabilityFlow
+from .foreign import recognised
 from .integrate import Solution, SolverError, Status, Terms, Time, time_vector
 from .models import utils as mutils
-from .models.utils import ScoreFunction, score_function
+from .models.program import score_function
+from .models.utils import ScoreFunction
 from .ode import solve_ode
-from .sde_lib import SDE, recognised
+from .sde_lib import SDE
 
 HUTCHINSON = ("Gaussian", "Rademacher", "exact")
 UNITS = ("bits/dim", "nats")

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 
 from . import noise, ops
 from .checks import check_array, check_choice, check_eps, check_flags, check_state, real, traced, whole
+from .foreign import recognised
 from .models import utils as mutils
-from .models.utils import ScoreFunction, model_function, score_function
+from .models.program import model_function, score_function
+from .models.utils import ScoreFunction
 from .reference import Draw, rows
-from .sde_lib import SDE, VESDE, VPSDE, is_affine, perturbation, recognised
+from .sde_lib import SDE, VESDE, VPSDE, is_affine, perturbation
 
 LossFn = Callable[..., Tensor]
 """``loss_fn(model, batch, mask=None)``."""

@@ -30,12 +30,14 @@ from .checks import (
     whole,
 )
 from .flow import ProbabilityFlow
+from .foreign import fingerprint, recognised
 from .integrate import Finished, Solution, SolverError, Status, Stream, time_vector
 from .integrate.results import NOISY, describe
 from .integrate.run import column
-from .models.utils import ScoreFunction, score_function
+from .models.program import score_function
+from .models.utils import ScoreFunction
 from .predictors import ReverseDiffusionPredictor
-from .sde_lib import SDE, fingerprint, recognised
+from .sde_lib import SDE
 
 InverseScaler = Callable[[Tensor], Tensor]
 

@@ -21,10 +21,11 @@ from torch import Tensor
 from . import noise, ops, sde_lib
 from ._C import host
 from .checks import check_corrector, check_inputs, check_step, derived
+from .foreign import UnknownSDE, recognised
 from .integrate import time_vector
 from .models import utils as mutils
 from .reference import Draw
-from .sde_lib import SDE, ReverseSDE, is_affine, recognised, score_terms, sqrt, takes_numbers
+from .sde_lib import SDE, ReverseSDE, is_affine, score_terms, sqrt, takes_numbers
 
 ScoreFn = Callable[[Tensor, Tensor], Tensor]
 
@@ -271,7 +272,7 @@ class Corrector(abc.ABC):
     def _alpha(self, t: Any) -> Any:
         """The factor of the step size: alpha of the discrete VP process, else 1."""
         sde = recognised(self.sde)
-        if isinstance(sde, sde_lib.UnknownSDE):
+        if isinstance(sde, UnknownSDE):
             raise NotImplementedError(f"sde: this corrector has no step size for {type(self.sde).__name__}.")
         return sde.discrete_alpha(t) if isinstance(sde, (sde_lib.VPSDE, sde_lib.subVPSDE)) else 1.0
 

@@ -25,10 +25,12 @@ from .checks import (
     check_times,
     name_rows,
 )
+from .foreign import fingerprint, recognised
 from .grids import Grid, calibrate_grid
 from .integrate import SolverError, time_vector
 from .models import utils as mutils
-from .models.utils import from_flattened_numpy, get_score_fn, score_function, to_flattened_numpy
+from .models.program import score_function
+from .models.utils import from_flattened_numpy, get_score_fn, to_flattened_numpy
 from .ode import InverseScaler, get_ode_sampler
 from .predictors import (
     AncestralSamplingPredictor,
@@ -47,7 +49,7 @@ from .predictors import (
     require_transition,
     takes_grid,
 )
-from .sde_lib import SDE, VESDE, VPSDE, fingerprint, recognised
+from .sde_lib import SDE, VESDE, VPSDE
 
 __all__ = [
     "AncestralSamplingPredictor",

@@ -12,15 +12,14 @@ kernels. A subclass gives these numbers::
 ``t`` is a tensor of shape ``(B,)``, and so are the coefficients. (The classes of this module take Python floats as
 well.) Data have shape ``(B, *)``.
 
-A program may bring SDEs of its own copy of upstream's module: :func:`recognised` says how each is read.
+A program may bring SDEs of its own copy of upstream's module: :mod:`scoresde_ext.foreign` says how each is read.
 """
 
 from __future__ import annotations
 
 import abc
 import math
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, TypeGuard, TypeVar
 
 import numpy as np
@@ -28,7 +27,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .checks import check_flags, check_inputs, check_sde, of_values, real, transformed, whole
+from .checks import check_flags, check_inputs, of_values, real, transformed, whole
 from .reference import rows
 
 Time = TypeVar("Time", Tensor, float)
@@ -362,7 +361,7 @@ _AFFINE_METHODS = ("sde", "marginal_prob", "discretize")
 
 def is_affine(sde: Any) -> TypeGuard[AffineSDE]:
     """Whether the coefficients of ``sde`` say everything: an AffineSDE none of whose derived methods was replaced."""
-    if type(sde) not in _PROCESSES and not (
+    if type(sde) not in PROCESSES and not (
         isinstance(sde, AffineSDE)
         and all(getattr(type(sde), name) is getattr(AffineSDE, name) for name in _AFFINE_METHODS)
     ):
@@ -375,7 +374,7 @@ def _normal_logp(z: Tensor, std: float) -> Tensor:
     return -n / 2.0 * math.log(2 * math.pi * std**2) - z.square().reshape(z.shape[0], n).sum(1) / (2 * std**2)
 
 
-class _Tabulated(AffineSDE):
+class Tabulated(AffineSDE):
     """An SDE with the tables of a discrete process. They follow from its parameters, also when one of these is set
     later: ``sde.N = 100`` makes other tables.
 
@@ -450,7 +449,7 @@ class _Tabulated(AffineSDE):
         return table
 
 
-class _DiscreteVP(_Tabulated):
+class _DiscreteVP(Tabulated):
     """The discrete noise scale that VP and sub-VP share (Ho et al. 2020)."""
 
     PARAMETERS = ("beta_0", "beta_1", "N")
@@ -569,7 +568,7 @@ class subVPSDE(_DiscreteVP):
         return -0.5 * beta, sqrt(-beta * expm1(4.0 * self.log_mean(t)))
 
 
-class VESDE(_Tabulated):
+class VESDE(Tabulated):
     """Variance exploding: dx = sigma(t) sqrt(2 log(sigma_max / sigma_min)) dw, sigma(t) geometric (Song et al. 2021,
     eq. 9; with this sigma eq. 30, its transition kernel eq. 31). The prior is N(0, sigma_max^2).
 
@@ -637,7 +636,7 @@ class VESDE(_Tabulated):
         return _normal_logp(z, self.sigma_max)
 
 
-_PROCESSES: dict[type, tuple[str, str, str]] = {
+PROCESSES: dict[type, tuple[str, str, str]] = {
     VPSDE: ("vp", "beta_0", "beta_1"),
     subVPSDE: ("subvp", "beta_0", "beta_1"),
     VESDE: ("ve", "sigma_min", "sigma_max"),
@@ -647,251 +646,15 @@ _PROCESSES: dict[type, tuple[str, str, str]] = {
 def takes_numbers(sde: Any) -> bool:
     """Whether coefficients may be asked for at a Python float: of the classes of this module, not of their
     subclasses."""
-    return type(sde) in _PROCESSES
+    return type(sde) in PROCESSES
 
 
 def perturbation(sde: AffineSDE, u: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Times ``t = eps + (T - eps) u``, and m and s there: ``(B,)`` each. One kernel for the SDEs of this module as they
     are: as small tensors, the times of a small batch cost as much as its data."""
-    known = _PROCESSES.get(type(sde))
+    known = PROCESSES.get(type(sde))
     if known is None or any(callable(value) for value in vars(sde).values()):
         t = u * (sde.T - eps) + eps
         return t, *sde.marginal_coefficients(t)
     process, *names = known
     return ops.marginal(u, eps, sde.T, process, *(getattr(sde, name) for name in names))
-
-
-# ---- SDEs of the program's own ----
-
-_METHODS = ("sde", "marginal_prob", "discretize", "reverse", "prior_sampling", "prior_logp")
-
-
-class _Foreign:
-    """An SDE of the program's own, read as ours of the same name. Its attributes are its own, whenever they are looked
-    up: what is changed there later counts here."""
-
-    foreign: Any
-
-    def __init__(self, foreign: Any) -> None:
-        vars(self)["foreign"] = foreign
-
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(vars(self).get("foreign"), name)
-        return value.item() if isinstance(value, (Tensor, np.generic)) and value.ndim == 0 else value
-
-    @property
-    def T(self) -> float:
-        return self.foreign.T
-
-    def _checked_table(self, name: str) -> Tensor:
-        if not hasattr(self.foreign, name):  # upstream's subVPSDE has none
-            return self._missing_table(name)
-        table = getattr(self, name)
-        if len(table) != self.N:
-            raise ValueError(
-                f"sde: expected {name} of N = {self.N} values, got {len(table)}. Make another {type(self).__name__}: "
-                "yours does not make its tables again when its N changes."
-            )
-        return table
-
-    def _missing_table(self, name: str) -> Tensor:
-        ours: Any = _OURS[type(self).__name__](*(getattr(self, p) for p in self.PARAMETERS))
-        return getattr(ours, name)
-
-
-class _ByMethods(_Foreign):
-    """One whose methods are called."""
-
-    TABLES: tuple[str, ...] = ()
-
-    def sde(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        return self._like(x, "sde", self.foreign.sde(x, t))
-
-    def marginal_prob(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        return self._like(x, "marginal_prob", self.foreign.marginal_prob(x, t))
-
-    def discretize(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        self._check_tables()
-        return self._like(x, "discretize", self.foreign.discretize(x, t))
-
-    def reverse(self, score_fn: Callable[[Tensor, Tensor], Tensor], probability_flow: bool = False) -> Any:
-        return _ReverseByMethods(self, self.foreign.reverse(score_fn, probability_flow))
-
-    def _missing_table(self, name: str) -> Tensor:
-        raise ValueError(f"sde: expected a {type(self).__name__} with a table {name}, which this step needs, got none.")
-
-    def _like(self, x: Tensor, method: str, pair: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
-        array, number = pair
-        if array.shape != x.shape or (isinstance(number, Tensor) and number.shape != x.shape[:1]):
-            raise ValueError(
-                f"sde: expected {type(self.foreign).__name__}.{method} to return an array like x, {tuple(x.shape)}, "
-                f"and one number a sample, got {tuple(array.shape)} and {tuple(getattr(number, 'shape', ()))}. "
-                "Is it written for images (B, C, H, W) alone?"
-            )
-        return array, number
-
-    def _check_tables(self) -> None:
-        if self.TABLES and hasattr(self.foreign, self.TABLES[0]):
-            self._checked_table(self.TABLES[0])
-
-    def prior_sampling(self, shape: Sequence[int]) -> Tensor:
-        return self.foreign.prior_sampling(shape)
-
-    def prior_logp(self, z: Tensor) -> Tensor:
-        return self.foreign.prior_logp(z)
-
-
-class _ReverseByMethods:
-    """The reverse of such an SDE."""
-
-    def __init__(self, forward: _ByMethods, rsde: Any) -> None:
-        self.forward, self.rsde = forward, rsde
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(vars(self).get("rsde"), name)
-
-    def sde(self, x: Tensor, t: Tensor) -> tuple[Tensor, Any]:
-        return self.forward._like(x, "reverse().sde", self.rsde.sde(x, t))
-
-    def discretize(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        self.forward._check_tables()
-        return self.forward._like(x, "reverse().discretize", self.rsde.discretize(x, t))
-
-
-class UnknownSDE(_ByMethods, SDE):
-    """An SDE that nothing is known of but its methods. The program's own ``get_score_fn`` says what a network of it
-    returns."""
-
-
-_OURS: dict[str, type[_Tabulated]] = {cls.__name__: cls for cls in (VPSDE, subVPSDE, VESDE)}
-# Named as the class they are read as: in messages, and in what is saved.
-_SAME: dict[str, type] = {name: type(name, (_Foreign, cls), {}) for name, cls in _OURS.items()}
-_OTHER: dict[str, type] = {name: type(name, (_ByMethods, cls), {"TABLES": cls.TABLES}) for name, cls in _OURS.items()}
-_PROCESSES |= {_SAME[name]: _PROCESSES[cls] for name, cls in _OURS.items()}
-
-
-def recognised(sde: Any) -> SDE:
-    """How this package reads an SDE; called where one comes in, and again where it is used.
-
-    * An SDE of ours is what it is, and so is one derived from our :class:`SDE`: a network of it returns the score at
-      label t (see :func:`scoresde_ext.models.utils.get_score_fn`), unless it derives from VPSDE, subVPSDE or VESDE.
-    * One whose class, or a class that it derives from, is named VPSDE, subVPSDE or VESDE and has upstream's attributes
-      is read as ours of this name, wherever the class is from. If all its methods compute the same, the kernels do;
-      else its methods are called.
-    * Of any other with upstream's methods, these are called, if the program has a ``models.utils.get_score_fn`` of its
-      own: that one says what a network of it returns.
-
-    Raises:
-        NotImplementedError: anything else. What a network of it returns would be a guess.
-    """
-    if type(sde) in _PROCESSES or isinstance(sde, (VPSDE, subVPSDE, VESDE)):
-        return sde
-    if (kept := _seen.get(id(sde))) and kept[0].is_that_of(sde):
-        return kept[1]
-    check_sde(sde)
-    cls = type(sde)
-    if cls not in _names:
-        _names[cls] = next((base.__name__ for base in cls.__mro__ if base.__name__ in _OURS), None)
-    name = _names[cls]
-    lacking = [a for a in (*_OURS[name].PARAMETERS, "T", *_METHODS) if not hasattr(sde, a)] if name else []
-    if name and not lacking:
-        return _read_as(name, sde)
-    if isinstance(sde, SDE):
-        return sde
-    if name is None and all(hasattr(sde, a) for a in ("N", "T", *_METHODS)):
-        from .models.utils import own_function  # which imports this module
-
-        if own_function("get_score_fn"):
-            return UnknownSDE(sde)
-    got = f"{type(sde).__name__} without {', '.join(lacking)}" if lacking else type(sde).__name__
-    raise NotImplementedError(
-        f"sde: expected VPSDE, subVPSDE or VESDE, of scoresde_ext or with upstream's attributes, or a class derived "
-        f"from scoresde_ext.sde_lib.SDE, got {got}."
-    )
-
-
-def _read_as(name: str, foreign: Any) -> SDE:
-    """Kept until an attribute changes."""
-    state, sde = _State(foreign), _SAME[name](foreign)
-    if not _computes_the_same(foreign, sde):
-        sde = _OTHER[name](foreign)
-    _seen[id(foreign)] = state, sde
-    if len(_seen) > 16:
-        _seen.popitem(last=False)
-    return sde
-
-
-class _State:
-    """An SDE's methods and attributes at one time. They are kept alive, so that an identity is that of one object."""
-
-    def __init__(self, sde: Any) -> None:
-        self.sde, self.attributes = sde, dict(getattr(sde, "__dict__", {}))
-        self.methods = [getattr(type(sde), name) for name in _METHODS]
-        tensors = (v for v in self.attributes.values() if isinstance(v, Tensor) and not v.is_inference())
-        self.written = [(v, v._version) for v in tensors]
-
-    def is_that_of(self, sde: Any) -> bool:
-        now = getattr(sde, "__dict__", {})
-        return (
-            self.sde is sde
-            and all(getattr(type(sde), name) is method for name, method in zip(_METHODS, self.methods, strict=True))
-            and len(now) == len(self.attributes)
-            and all(now.get(name) is value for name, value in self.attributes.items())
-            and all(tensor._version == version for tensor, version in self.written)
-        )
-
-
-_seen: OrderedDict[int, tuple[_State, SDE]] = OrderedDict()  # the latest few, by id
-_names: dict[type, str | None] = {}  # of ours, that a class is called by
-
-
-def fingerprint(sde: Any) -> Hashable:
-    """The SDE's class and attributes, as a key: tensors and other objects by their identity."""
-
-    def mark(value: Any) -> Hashable:
-        if isinstance(value, Tensor):
-            return id(value), 0 if value.is_inference() else value._version
-        return value if isinstance(value, (bool, int, float, str, type(None))) else id(value)
-
-    return type(sde), *((name, mark(value)) for name, value in getattr(sde, "__dict__", {}).items())
-
-
-def _computes_the_same(foreign: Any, ours: SDE) -> bool:
-    """Whether two SDEs are the same process: at 64 times, in double precision, where upstream's formulas are exact.
-    Discrete steps are compared to what float32 tables leave of them."""
-    random = torch.get_rng_state()
-
-    def values(sde: Any) -> list[tuple[float, Any]]:
-        x = torch.linspace(-2.0, 2.0, 256, dtype=torch.float64, device="cpu").reshape(64, 1, 2, 2)
-        early, late = (torch.logspace(-5.0, -1.0, 32), torch.linspace(0.1, 1.0, 32))
-        t = torch.cat([early, late]).to("cpu", torch.float64) * float(sde.T)
-        # Too few steps: the last of them do not exist.
-        steps = t[AffineSDE.row(ours, "discrete_betas", t) <= 1] if isinstance(ours, VPSDE) else t
-        found = [(1e-5, sde.T), (1e-5, sde.sde(x, t)), (1e-5, sde.marginal_prob(x, t)), (1e-5, sde.prior_logp(x))]
-        found += [(1e-3, sde.discretize(x[: len(steps)], steps))]
-        for flow in (False, True):
-            rsde = sde.reverse(lambda x, t: torch.sin(x) * rows(1.0 + t, x), flow)
-            found += [(1e-5, rsde.sde(x, t)), (1e-3, rsde.discretize(x[: len(steps)], steps))]
-        torch.default_generator.manual_seed(0)
-        return [*found, (1e-5, sde.prior_sampling((2, 3, 4, 4)))]
-
-    try:
-        # Neither the program's devices and sources of noise, nor its gradients.
-        with torch.no_grad(), torch._C.DisableTorchFunction():
-            pairs = list(zip(values(foreign), values(ours), strict=True))
-        return all(_close(a, b, tolerance) for (tolerance, a), (_, b) in pairs)
-    except Exception:  # whatever the program's methods do not like about these arrays, they are its own
-        return False
-    finally:
-        torch.set_rng_state(random)
-
-
-def _close(a: Any, b: Any, tolerance: float) -> bool:
-    if isinstance(a, tuple):
-        return (
-            isinstance(b, tuple)
-            and len(a) == len(b)
-            and all(_close(*pair, tolerance) for pair in zip(a, b, strict=True))
-        )
-    a, b = torch.as_tensor(a).double(), torch.as_tensor(b).double()
-    return a.shape == b.shape and torch.allclose(a, b, rtol=tolerance, atol=2e-3 * tolerance)

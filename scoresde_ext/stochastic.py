@@ -43,13 +43,14 @@ from .checks import (
     whole,
 )
 from .flow import ProbabilityFlow
+from .foreign import recognised
 from .integrate import Solution, SolverError, Status, Stream
 from .integrate.run import Run, column, padded
 from .integrate.runge_kutta import nan_alone
-from .models.utils import score_function
+from .models.program import score_function
 from .ode import InverseScaler
 from .reference import Draw
-from .sde_lib import SDE, AffineSDE, is_affine, recognised
+from .sde_lib import SDE, AffineSDE, is_affine
 
 FIXED = ("dpmpp_2m_sde", "unipc_sde")
 METHODS = (*FIXED, "adaptive")

@@ -22,8 +22,10 @@ from scoresde_ext import (
     stochastic,
 )
 from scoresde_ext.flow import ProbabilityFlow
+from scoresde_ext.foreign import recognised
 from scoresde_ext.models import ema
 from scoresde_ext.models import utils as mutils
+from scoresde_ext.models.program import score_function
 
 SHAPE = (4, 3, 2, 2)
 TIMES = torch.tensor([0.01, 0.3, 0.7, 0.99])
@@ -111,7 +113,7 @@ def test_ours_are_what_they_are() -> None:
         pass
 
     for sde in (sde_lib.VPSDE(), LikeVP(), sde_lib.subVPSDE(), sde_lib.VESDE()):
-        assert sde_lib.recognised(sde) is sde
+        assert recognised(sde) is sde
 
 
 KINDS = {"vp": ("VPSDE", (0.1, 5.0, 8)), "subvp": ("subVPSDE", (0.1, 5.0, 8)), "ve": ("VESDE", (0.01, 5.0, 8))}
@@ -122,8 +124,8 @@ def test_the_programs_sde_runs_in_our_kernels(kind: str, theirs: SimpleNamespace
     """Also for data that its own formulas could not do."""
     name, parameters = KINDS[kind]
     given, ours = getattr(theirs.sde_lib, name)(*parameters), getattr(sde_lib, name)(*parameters)
-    read = sde_lib.recognised(given)
-    assert sde_lib.is_affine(read) and isinstance(read, getattr(sde_lib, name)) and sde_lib.recognised(given) is read
+    read = recognised(given)
+    assert sde_lib.is_affine(read) and isinstance(read, getattr(sde_lib, name)) and recognised(given) is read
     random = torch.get_rng_state()
     for use in ("loss", "pc", "ode", "sde", "likelihood", "inpainting", "encoding", "score", "predictor"):
         results = []
@@ -133,7 +135,7 @@ def test_the_programs_sde_runs_in_our_kernels(kind: str, theirs: SimpleNamespace
         assert torch.equal(*results), use
     torch.set_rng_state(random)
     again = getattr(theirs.sde_lib, name)(*parameters)
-    sde_lib.recognised(again)
+    recognised(again)
     assert torch.equal(torch.get_rng_state(), random)  # looking at it takes no random numbers
     x = normals(4, 5)
     for a, b in zip(read.discretize(x, TIMES), ours.discretize(x, TIMES), strict=True):
@@ -183,7 +185,7 @@ def changed(theirs: SimpleNamespace, method: str) -> Any:
 @pytest.mark.parametrize("method", ["sde", "marginal_prob", "discretize", "reverse", "prior_sampling", "prior_logp"])
 def test_one_changed_method_is_enough_to_be_called(method: str, theirs: SimpleNamespace) -> None:
     sde = changed(theirs, method)
-    read = sde_lib.recognised(sde)
+    read = recognised(sde)
     assert isinstance(read, sde_lib.VPSDE) and not sde_lib.is_affine(read)
     x = normals(*SHAPE)
     if method == "reverse":
@@ -240,11 +242,11 @@ def test_the_programs_sde_is_followed_when_it_changes(theirs: SimpleNamespace) -
         torch.manual_seed(0)
         torch.testing.assert_close(found, right(network, normals(*SHAPE)), rtol=1e-4, atol=1e-4)
     sde.sde = lambda x, t: (x, t)
-    assert not sde_lib.is_affine(sde_lib.recognised(sde))
+    assert not sde_lib.is_affine(recognised(sde))
     other = theirs.sde_lib.subVPSDE(0.1, 5.0, 8)
-    assert sde_lib.is_affine(sde_lib.recognised(other))
+    assert sde_lib.is_affine(recognised(other))
     theirs.sde_lib.subVPSDE.sde = theirs.sde_lib.VPSDE.sde
-    assert not sde_lib.is_affine(sde_lib.recognised(other))
+    assert not sde_lib.is_affine(recognised(other))
 
 
 @pytest.mark.parametrize("kind", ["vp", "ve"])
@@ -330,7 +332,7 @@ def uses_of(sde: Any, kind: str) -> dict[str, Callable[[], Tensor]]:
 def test_a_number_of_steps_that_is_none_is_refused_later_too() -> None:
     for sde in (sde_lib.VPSDE(), sde_lib.VESDE()):
         for wrong in (0, -3, 2.5):
-            with pytest.raises(ValueError, match="^N: expected a positive whole number"):
+            with pytest.raises(ValueError, match="^N: expected a whole number of steps from 1 on"):
                 sde.N = wrong
         assert sde.N == 1000
     with pytest.raises(ValueError, match="^beta_min, beta_max: expected 0 < beta_min <= beta_max"):
@@ -485,8 +487,7 @@ def test_a_copy_of_upstreams_leaves_the_kernels_in_use(kind: str, continuous: bo
     name, parameters = KINDS[kind]
     sde = getattr(sde_lib, name)(*parameters)
     theirs, ours = (
-        mutils.score_function(s, Module(), False, continuous)
-        for s in (sde, getattr(beside_us.sde_lib, name)(*parameters))
+        score_function(s, Module(), False, continuous) for s in (sde, getattr(beside_us.sde_lib, name)(*parameters))
     )
     for score_fn in (theirs, ours):
         assert isinstance(score_fn.network.model, Module)
@@ -497,7 +498,7 @@ def test_a_copy_of_upstreams_leaves_the_kernels_in_use(kind: str, continuous: bo
 def test_a_changed_copy_is_called(change: str, beside_us: SimpleNamespace) -> None:
     setattr(beside_us.utils, change, 0.5)
     sde, x = sde_lib.VPSDE(0.1, 5.0, 8), normals(*SHAPE)
-    score_fn = mutils.score_function(sde, Module(), False, True)
+    score_fn = score_function(sde, Module(), False, True)
     factors = {"LARGEST_LABEL": 999.0, "OUTPUT_SCALE": 1.0} | {change: 0.5}
     out = factors["OUTPUT_SCALE"] * network(x, factors["LARGEST_LABEL"] * TIMES)
     right = -out / sde.marginal_prob(x, TIMES)[1][:, None, None, None]
@@ -508,7 +509,7 @@ def test_a_changed_copy_is_called(change: str, beside_us: SimpleNamespace) -> No
 def test_looking_at_a_score_function_takes_no_random_numbers(beside_us: SimpleNamespace) -> None:
     random = torch.get_rng_state()
     with noise.replay([]), noise.torch_draws():
-        mutils.score_function(sde_lib.VPSDE(0.1, 5.0, 8), Module(), False, True)
+        score_function(sde_lib.VPSDE(0.1, 5.0, 8), Module(), False, True)
     assert torch.equal(torch.get_rng_state(), random)
 
 
@@ -548,7 +549,7 @@ def test_an_sde_derived_from_ours_keeps_the_documented_convention(beside_us: Sim
             return -torch.ones_like(t), torch.full_like(t, 2**0.5)
 
     x = normals(*SHAPE)
-    score_fn = mutils.score_function(Constant(8), Module(), False, True)
+    score_fn = score_function(Constant(8), Module(), False, True)
     torch.testing.assert_close(score_fn(x, TIMES), network(x, TIMES))
 
 

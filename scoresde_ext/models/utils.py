@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import sys
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from .. import sde_lib
 from .._C import host
 from ..callers import warn
 from ..checks import check_flags, check_inputs, traced
+from ..foreign import UnknownSDE, recognised
 from ..integrate.drift import Lent, time_vector
 from ..reach import Network, modules_of, same_modules_of
 from ..reference import rows
@@ -175,10 +175,10 @@ def _recorded_in(module: fx.GraphModule, train: bool) -> bool:
 def get_model_fn(model: Network, train: bool = False) -> Callable[[Tensor, Tensor], Tensor]:
     """``model_fn(x, labels)``: the network in the mode asked for. A plain function is accepted as a network."""
     check_flags(train=train)
-    return _network(model, bool(train))  # also where it is numpy's
+    return network_in_mode(model, bool(train))  # also where it is numpy's
 
 
-def _network(model: Network, train: bool, each_step: bool = False) -> CheckedNetwork:
+def network_in_mode(model: Network, train: bool, each_step: bool = False) -> CheckedNetwork:
     """:func:`get_model_fn`, once a run or, by what is remembered of a network, at ``each_step`` of training."""
     if each_step:
         ensure_mode(model, train)
@@ -286,7 +286,7 @@ def get_score_fn(sde: sde_lib.SDE, model: Network, train: bool = False, continuo
 
     Args:
         sde: VPSDE, subVPSDE, VESDE, also of the program's own, or a class derived from our SDE; see
-            :func:`scoresde_ext.sde_lib.recognised`.
+            :func:`scoresde_ext.foreign.recognised`.
         model: a module or function ``model(x, labels)``.
         train: mode of the network.
         continuous: whether the network was trained on continuous times.
@@ -294,15 +294,15 @@ def get_score_fn(sde: sde_lib.SDE, model: Network, train: bool = False, continuo
     Raises:
         NotImplementedError: another SDE.
     """
-    sde_lib.recognised(sde)
+    recognised(sde)
     check_flags(continuous=continuous)
     return make_score_fn(sde, get_model_fn(model, train), continuous)
 
 
 def make_score_fn(sde: sde_lib.SDE, network: Callable[[Tensor, Tensor], Tensor], continuous: bool) -> ScoreFunction:
     """:func:`get_score_fn` for a network that is in its mode already."""
-    process: Any = sde_lib.recognised(sde)
-    if isinstance(process, sde_lib.UnknownSDE):
+    process: Any = recognised(sde)
+    if isinstance(process, UnknownSDE):
         raise NotImplementedError(
             f"sde: what a network of {type(process.foreign).__name__} returns is not known here. Only the program's "
             "own get_score_fn says it."
@@ -343,170 +343,3 @@ def from_flattened_numpy(x: np.ndarray, shape: Sequence[int]) -> Tensor:
     """The inverse of :func:`to_flattened_numpy`."""
     assert math.prod(shape) == x.size
     return torch.from_numpy(x.reshape(tuple(shape)))
-
-
-# ---- the program's own functions of these names ----
-
-_OURS: dict[str, Callable[..., Any]] = {"get_score_fn": get_score_fn, "get_model_fn": get_model_fn}
-
-
-def own_function(name: str, *places: Any) -> Callable[..., Any] | None:
-    """The program's own ``get_score_fn`` or ``get_model_fn``: what was put in the place of ours, in this module or
-    where ``places`` find it, or that of a module ``models.utils`` which is not this one. None: the program has none."""
-    for place in (*places, sys.modules[__name__], sys.modules.get("models.utils")):
-        found = getattr(place, name, None)
-        if found is not None and found is not _OURS[name]:
-            return found
-    return None
-
-
-def score_function(
-    sde: Any, model: Network, train: bool, continuous: bool, *places: Any, each_step: bool = False
-) -> ScoreFunction:
-    """What samplers, losses and likelihoods use: the score function of the program's own ``get_score_fn`` (see
-    :func:`own_function`), called as it is; ours, which leaves products to the kernels, where there is none or it
-    computes the same. ``each_step``: of training."""
-    theirs = own_function("get_score_fn", *places)
-    if theirs is None:
-        return make_score_fn(sde, model_function(model, train, *places, each_step=each_step), continuous)
-    if _same_score(theirs, sde, continuous):
-        return make_score_fn(sde, _network(model, train, each_step), continuous)
-    score = theirs(_as_they_know_it(theirs, sde), model, train=train, continuous=continuous)
-    return ScoreFunction(sde_lib.recognised(sde), _InPlaceOf(model, score, train), lambda t: t, lambda t: 1.0)
-
-
-def model_function(model: Network, train: bool, *places: Any, each_step: bool = False) -> Network:
-    """The same for ``get_model_fn``."""
-    theirs = own_function("get_model_fn", *places)
-    if theirs is None or _same_output(theirs):
-        return _network(model, train, each_step)
-    return _InPlaceOf(model, theirs(model, train=train), train)
-
-
-class _InPlaceOf(CheckedNetwork):
-    """What the program made of a network: checked, and given arrays in the network's dtype, as the network is."""
-
-    def __init__(self, model: Network, made: Network, train: bool) -> None:
-        super().__init__(model)
-        self.model, self.call = made, made if train else Lent(made, "model")
-
-
-class _Passing:
-    """An SDE of ours that ``isinstance`` takes for the program's own class of its name."""
-
-    def __init__(self, sde: Any, cls: type) -> None:
-        self._sde, self._cls = sde, cls
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        return self._cls
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(vars(self).get("_sde"), name)
-
-
-def _as_they_know_it(theirs: Any, sde: Any) -> Any:
-    """The SDE as the program's own function, which tells SDEs apart by the classes of the program's own ``sde_lib``,
-    has to be given it."""
-    scope = getattr(inspect.unwrap(theirs), "__globals__", {})
-    for ours in (sde_lib.VPSDE, sde_lib.subVPSDE, sde_lib.VESDE):
-        if isinstance(sde, ours):
-            cls = getattr(scope.get("sde_lib"), ours.__name__, scope.get(ours.__name__))
-            return _Passing(sde, cls) if isinstance(cls, type) and not isinstance(sde, cls) else sde
-    return sde
-
-
-_answers: dict[Hashable, bool] = {}
-
-
-def _once(key: Hashable, question: Callable[[], bool]) -> bool:
-    if key not in _answers:
-        if len(_answers) >= 256:
-            _answers.clear()
-        random = torch.get_rng_state()
-        try:
-            # Apart from the program's gradients and sources of noise. What draws noise is not the same as ours.
-            with torch.no_grad(), torch._C.DisableTorchFunction():
-                answer = question()
-            _answers[key] = answer and torch.equal(torch.get_rng_state(), random)
-        finally:
-            torch.set_rng_state(random)
-    return _answers[key]
-
-
-@torch.compiler.assume_constant_result
-def _same_score(theirs: Any, sde: Any, continuous: bool) -> bool:
-    """Whether the program's own ``get_score_fn`` gives a network the same inputs as ours, in the same mode, and makes
-    the same score of its output."""
-
-    def answer() -> bool:
-        process, given = sde_lib.recognised(sde), _as_they_know_it(theirs, sde)
-        if isinstance(process, sde_lib.UnknownSDE):
-            return False
-        times = (torch.logspace(-5.0, -1.0, 8, device="cpu"), torch.linspace(0.15, 1.0, 8, device="cpu"))
-        x, t = _trial_states(), torch.cat(times).double() * process.T
-        try:
-            for train in (False, True):
-                wanted, found = _Recorder(), _Recorder()
-                ours = make_score_fn(process, _network(wanted, train), continuous)(x, t)
-                score = theirs(given, found, train=train, continuous=continuous)(x.clone(), t.clone())
-                if not (found.saw_the_same_as(wanted) and _equal(score, ours)):
-                    return False
-            return True
-        except NotImplementedError:  # they do not know it; our documentation says what it is, if it derives from ours
-            return isinstance(sde, sde_lib.SDE) and not isinstance(sde, _KNOWN)
-        except Exception:  # whatever they need that this trial has not
-            return False
-
-    return _once((theirs, sde_lib.fingerprint(sde), continuous), answer)
-
-
-@torch.compiler.assume_constant_result
-def _same_output(theirs: Any) -> bool:
-    """Whether the program's own ``get_model_fn`` hands inputs and output of the network on as they are."""
-
-    def answer() -> bool:
-        x, labels = _trial_states(), torch.linspace(0.0, 999.0, 16, dtype=torch.float64, device="cpu")
-        try:
-            for train in (False, True):
-                wanted, found = _Recorder(), _Recorder()
-                ours = _network(wanted, train)(x, labels)
-                out = theirs(found, train=train)(x.clone(), labels.clone())
-                if not (found.saw_the_same_as(wanted) and _equal(out, ours)):
-                    return False
-            return True
-        except Exception:
-            return False
-
-    return _once(theirs, answer)
-
-
-_KNOWN = (sde_lib.VPSDE, sde_lib.subVPSDE, sde_lib.VESDE)
-
-
-def _trial_states() -> Tensor:
-    return torch.linspace(-3.0, 3.0, 64, dtype=torch.float64, device="cpu").reshape(16, 1, 2, 2)
-
-
-class _Recorder(nn.Module):
-    """A network that keeps what it is given, and returns numbers of all sizes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[tuple[Tensor, Tensor, bool]] = []
-
-    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
-        self.seen.append((x.clone(), labels.clone(), self.training))
-        sizes = torch.logspace(-3.0, 3.0, 64, dtype=torch.float64, device="cpu").reshape(16, 1, 2, 2).flip(0)
-        return sizes * torch.tensor([[1.0, -1.0], [-1.0, 1.0]], dtype=torch.float64, device="cpu")
-
-    def saw_the_same_as(self, other: _Recorder) -> bool:
-        (x, labels, mode), *more = self.seen
-        ((wanted_x, wanted_labels, wanted_mode),) = other.seen
-        kind = labels.is_floating_point() == wanted_labels.is_floating_point()
-        return not more and kind and _equal(x, wanted_x) and _equal(labels, wanted_labels) and mode == wanted_mode
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    """To the rounding of float32, in which a program may compute."""
-    return a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=1e-6, atol=0.0)
