@@ -200,15 +200,28 @@ _seen: OrderedDict[int, tuple[_State, SDE]] = OrderedDict()  # the latest few, b
 _names: dict[type, str | None] = {}  # of ours, that a class is called by
 
 
+class _Itself:
+    """A value as a part of a key: equal to the same object alone, which it keeps alive."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Itself) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
 def fingerprint(sde: Any) -> Hashable:
     """The SDE's class and attributes, as a key: tensors and other objects by their identity."""
 
     def mark(value: Any) -> Hashable:
         if isinstance(value, Tensor):
-            return id(value), 0 if value.is_inference() else value._version
-        return value if isinstance(value, (bool, int, float, str, type(None))) else id(value)
+            return _Itself(value), 0 if value.is_inference() else value._version
+        return value if isinstance(value, (bool, int, float, str, type(None))) else _Itself(value)
 
-    return type(sde), *((name, mark(value)) for name, value in getattr(sde, "__dict__", {}).items())
+    return type(sde), *((name, mark(value)) for name, value in vars(sde).items())
 
 
 def _computes_the_same(foreign: Any, ours: SDE) -> bool:
