@@ -67,21 +67,21 @@ def _name_argument(op: Callable[..., Any], args: Any, kwargs: Any, error: Except
         return  # Python has said what is missing
     for name, value in arguments.items():
         if isinstance(value, Draw):
-            _require_types(value._asdict(), typing.get_type_hints(Draw), error)
-        _require_types({name: value}, hints, error)
+            _require_types(value._asdict(), typing.get_type_hints(Draw))
+        _require_types({name: value}, hints)
 
 
-def _require_types(values: dict[str, Any], hints: dict[str, Any], error: Exception) -> None:
+def _require_types(values: dict[str, Any], hints: dict[str, Any]) -> None:
     for name, value in values.items():
         if not _is_a(hints[name], value):
             got = f"{value.dtype}, {value.layout}" if isinstance(value, Tensor) else f"{value!r:.80}"
-            raise TypeError(f"{name}: expected {_in_words(hints[name])}, got {got}.") from error
+            raise TypeError(f"{name}: expected {_in_words(hints[name])}, got {got}.") from None
 
 
 def _is_a(hint: Any, value: Any) -> bool:
     """Whether a value is of a type. Real numbers of any kind are floats, whole ones that 64 bits hold are ints."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if origin is types.UnionType:
+    if origin in (types.UnionType, typing.Union):
         return any(_is_a(h, value) for h in inner)
     if origin is Sequence:
         if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
@@ -93,16 +93,16 @@ def _is_a(hint: Any, value: Any) -> bool:
     try:
         if hint is int:
             return -(2**63) <= operator.index(value) < 2**63
-        return bool(hint is float and not isinstance(value, str) and float(value) is not None) or isinstance(
-            value, hint
-        )
+        if hint is float:
+            return not isinstance(value, (str, bytes)) and isinstance(float(value), float)
+        return isinstance(value, hint)
     except (TypeError, ValueError, OverflowError, RuntimeError):
         return False
 
 
 def _in_words(hint: Any) -> str:
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if origin is types.UnionType:
+    if origin in (types.UnionType, typing.Union):
         return " or ".join(_in_words(h) for h in inner)
     if origin is Sequence:
         return f"a sequence, each entry {_in_words(inner[0])}"
