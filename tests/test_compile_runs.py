@@ -38,7 +38,7 @@ def streamed(model: Any) -> Tensor:
 
 
 MORE: dict[str, Callable[[Any], Tensor]] = {
-    "integrate.solve": lambda model: integrate.solve(lambda t, y: model(y, t), (0.0, 1.0), data()).y,
+    "integrate.solve": lambda model: integrate.solve(lambda t, y: model(y, t).detach(), (0.0, 1.0), data()).y,
     "interpolate": lambda model: encoding.interpolate(VP, model, data(), -data(), 2, rtol=1e-2, atol=1e-2),
     "calibrate_grid": lambda model: torch.tensor(
         sampling.calibrate_grid(VP, model, SHAPE, nfe=3, samples=4, device="cpu").times
