@@ -221,7 +221,7 @@ def fingerprint(sde: Any) -> Hashable:
             return _Itself(value), 0 if value.is_inference() else value._version
         return value if isinstance(value, (bool, int, float, str, type(None))) else _Itself(value)
 
-    return type(sde), *((name, mark(value)) for name, value in vars(sde).items())
+    return type(sde), *((name, mark(value)) for name, value in getattr(sde, "__dict__", {}).items())
 
 
 def _computes_the_same(foreign: Any, ours: SDE) -> bool:
