@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -35,6 +34,7 @@ from .integrate.multistep import Flow, grid_points, grid_tables, with_values
 from .models.program import score_function
 from .ode import precision_floor
 from .sde_lib import SDE, is_affine
+from .utils import whole_file
 
 LOOSE = 1e-3  # tolerance of the run that shows where steps are needed
 TIGHT = 1e-6  # and of the one that is fitted to
@@ -92,13 +92,9 @@ class Grid:
         return with_values(grid_points(flow, self.times), rows), True
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes JSON: to another name first, so that no half-written file is ever found under this one."""
-        path = Path(path)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, suffix=".tmp", delete=False) as file:
-            json.dump({"format": "scoresde_ext grid 1", **asdict(self)}, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(file.name, path)
+        """Writes JSON, as a :func:`scoresde_ext.utils.whole_file`."""
+        with whole_file(path) as file:
+            file.write(json.dumps({"format": "scoresde_ext grid 1", **asdict(self)}, indent=1).encode())
 
     @staticmethod
     def load(path: str | os.PathLike[str], sde: SDE | None = None) -> Grid:

@@ -238,7 +238,8 @@ class Likelihood:
         """The latent codes and likelihoods with what they took."""
         check_state("data", data)
         say_no_gradient("data", data)
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():  # the divergence is a derivative
+            data = data.clone() if data.is_inference() else data
             return self._solve(model, data, draw)
 
     def _solve(self, model: Any, data: Tensor, draw: int | None) -> Solution:

@@ -24,6 +24,7 @@ from .models.program import model_function, score_function
 from .models.utils import ScoreFunction
 from .reference import Draw, rows
 from .sde_lib import SDE, VESDE, VPSDE, is_affine, perturbation
+from .utils import check_state as check_state_keys
 
 LossFn = Callable[..., Tensor]
 """``loss_fn(model, batch, mask=None)``."""
@@ -401,6 +402,7 @@ def _train(
     batch: Tensor,
     mask: Tensor | None = None,
 ) -> Tensor:
+    check_state_keys(state)
     model, optimizer = state["model"], state["optimizer"]
     optimizer.zero_grad()
     loss = loss_fn(model, batch, mask)
@@ -420,6 +422,7 @@ def _train(
 
 @torch.no_grad()
 def _evaluate(loss_fn: LossFn, state: dict[str, Any], batch: Tensor, mask: Tensor | None = None) -> Tensor:
+    check_state_keys(state, ("model", "ema"))
     model, ema = state["model"], state["ema"]
     ema.store(model.parameters())
     try:

@@ -134,6 +134,13 @@ class Visit(NamedTuple):
         return self.predict(x)
 
 
+def check_pair(name: str, states: Any, method: str = "update_fn") -> tuple[Tensor, Tensor]:
+    """What a step returns: two arrays, and not one whose samples would pass for them."""
+    if not isinstance(states, (tuple, list)) or len(states) != 2:
+        raise ValueError(f"{name}: expected {method} to return (x, x_mean), got {type(states).__name__}.")
+    return states[0], states[1]
+
+
 class PCLoop:
     """Predictor and corrector of one run: made once, with one score function."""
 
@@ -161,15 +168,15 @@ class PCLoop:
 
     def predict(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         with _draws_of(self.predictor):
-            return self.predictor.update_fn(x, t)
+            return check_pair("predictor", self.predictor.update_fn(x, t))
 
     def correct(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         with _draws_of(self.corrector):
-            return self.corrector.update_fn(x, t)
+            return check_pair("corrector", self.corrector.update_fn(x, t))
 
     def predict_to(self, x: Tensor, t: float, earlier: float) -> tuple[Tensor, Tensor]:
         with _draws_of(self.predictor):
-            return self.predictor.step_to(x, t, earlier)
+            return check_pair("predictor", self.predictor.step_to(x, t, earlier), "step_to")
 
     def visits(self, like: Tensor, eps: float, grid: Sequence[float] | None, progress: bool) -> Iterator[Visit]:
         """The times of a run for states like ``like``, from T to eps.

@@ -7,38 +7,57 @@ import io
 import os
 import pickle
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
+STATE = ("optimizer", "model", "ema", "step")
+
+
+def check_state(state: Any, keys: Sequence[str] = STATE) -> None:
+    """A training state has these keys."""
+    missing = [key for key in keys if key not in state]
+    if missing:
+        raise ValueError(f"state: expected the keys {', '.join(keys)}, got one without {', '.join(missing)}.")
+
 
 def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
-    """Writes ``{'optimizer', 'model', 'ema', 'step'}``, first to a temporary name beside ``path``: no half-written
-    checkpoint is ever left. ``state`` has the same keys.
+    """Writes ``{'optimizer', 'model', 'ema', 'step'}``, the keys of ``state``, as a :func:`whole_file`.
 
     Numpy numbers are written as Python's, so that :func:`restore_checkpoint` can read whatever is written.
 
     Raises:
-        ValueError: ``state`` holds something else that ``weights_only`` does not read. Nothing is written then.
+        ValueError: ``state`` lacks a key, or holds something else that ``weights_only`` does not read. Nothing is
+            written then.
     """
+    check_state(state)
     saved = {
         "optimizer": _plain(state["optimizer"].state_dict()),
         "model": state["model"].state_dict(),
         "ema": _plain(state["ema"].state_dict()),
         "step": _whole(state["step"]),
     }
+    with whole_file(path) as file:
+        torch.save(saved, file)
+        file.flush()
+        _check_readable(Path(file.name), saved)
+
+
+@contextmanager
+def whole_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A file to write to. It gets its name when all is written and synced: no half-written one is ever found there."""
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as file:
-            torch.save(saved, file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
-        _check_readable(partial, saved)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -101,15 +120,16 @@ def restore_checkpoint(
 
     Raises:
         FileNotFoundError: there is no such file. (Upstream creates a folder and goes on with random weights.)
-        ValueError: a key is missing; the optimizer's state or the averages do not fit.
+        ValueError: a key is missing, there or in ``state``; the optimizer's state or the averages do not fit.
         RuntimeError: the weights do not fit the model.
 
     ``state`` is as it was after each of these.
     """
+    check_state(state)
     if not Path(path).is_file():
         raise FileNotFoundError(f"path: expected a checkpoint file, found none at {os.fspath(path)!r}.")
     loaded = read_torch_file(path, device)
-    missing = [key for key in ("optimizer", "model", "ema", "step") if key not in loaded]
+    missing = [key for key in STATE if key not in loaded]
     if missing:
         raise ValueError(
             f"path: expected a checkpoint with the keys optimizer, model, ema, step; "

@@ -12,7 +12,7 @@ import torch
 from job_networks import Tiny
 from torch import Tensor, nn
 
-from scoresde_ext import utils
+from scoresde_ext import losses, sde_lib, utils
 from scoresde_ext.job.networks import load_weights
 from scoresde_ext.models.ema import ExponentialMovingAverage
 
@@ -220,3 +220,20 @@ def test_what_does_not_fit_is_named_and_changes_nothing(misfit: str, tmp_path: P
     with pytest.raises(error, match=f"(?s){message}"):
         utils.restore_checkpoint(tmp_path / "c.pth", state, "cpu")
     assert_same(contents(state), before)
+
+
+def test_a_state_without_a_key_is_named(tmp_path: Path) -> None:
+    state, path = make_state(Net()), tmp_path / "checkpoint.pth"
+    utils.save_checkpoint(path, state)
+    model = Net()
+    before = copy.deepcopy(model.state_dict())
+    uses: list[Callable[[dict[str, Any]], Any]] = [
+        lambda wrong: utils.save_checkpoint(tmp_path / "other.pth", wrong),
+        lambda wrong: utils.restore_checkpoint(path, wrong, "cpu"),
+        lambda wrong: losses.get_step_fn(sde_lib.VPSDE(), True, print)(wrong, torch.ones(2, 3)),
+    ]
+    for use in uses:
+        with pytest.raises(ValueError, match="^state: expected the keys .*, got one without optimizer, ema, step"):
+            use({"model": model})
+    assert_same(model.state_dict(), before)
+    assert not (tmp_path / "other.pth").exists()

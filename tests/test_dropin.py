@@ -666,6 +666,21 @@ def test_user_predictor_and_corrector_step_by_step(monkeypatch: pytest.MonkeyPat
         assert_same(user, own, roundings=16)
 
 
+def test_a_step_of_a_users_class_returns_two_states() -> None:
+    """A batch of two would pass for (x, x_mean)."""
+
+    class OneState(sampling.Predictor):
+        def update_fn(self, x: Tensor, t: Tensor) -> Tensor:
+            return x
+
+    sde, network = pair("ve")[0]
+    sampler = sampling.get_pc_sampler(
+        sde, (2, *SHAPE[1:]), OneState, None, lambda x: x, snr=0.16, continuous=True, device="cpu"
+    )
+    with pytest.raises(ValueError, match=r"predictor: expected update_fn to return \(x, x_mean\), got Tensor"):
+        sampler(network)
+
+
 def test_user_predictor_and_corrector_in_whole_runs() -> None:
     sde, network = pair("ve")[0]
     UserPredictor.made = 0

@@ -186,7 +186,7 @@ REFUSED: dict[str, tuple[Callable[[ExponentialMovingAverage, list[nn.Parameter]]
     "shapes that would broadcast": (
         lambda a, w: a.copy_to([w[0], nn.Parameter(torch.zeros(3, 3))]), r"\(3,\) for number 1, got \(3, 3\)"
     ),
-    "never stored": (lambda a, w: a.restore(w), "parameters: expected the 0 tensors that are stored, got 2"),
+    "never stored": (lambda a, w: a.restore(w), r"parameters: expected store\(parameters\) before restore, but nothing is stored"),
     "another state": (
         lambda a, w: a.load_state_dict(a.state_dict() | {"shadow_params": [torch.ones(3)]}),
         "shadow_params: expected the 2 tensors that are averaged, got 1",
@@ -216,3 +216,8 @@ def test_a_decay_that_is_set_later_counts() -> None:
     with pytest.raises(ValueError, match=r"decay: expected a number in \[0, 1\], got 1\.5"):
         average.update([p])
     assert first(average.shadow_params) == [0.75]
+
+
+def test_a_module_is_not_its_parameters() -> None:
+    with pytest.raises(TypeError, match=r"parameters: expected model.parameters\(\), got the module Linear"):
+        ExponentialMovingAverage(nn.Linear(2, 2), 0.9)  # type: ignore[arg-type]

@@ -118,6 +118,13 @@ def test_auto_takes_the_better_one() -> None:
         assert auto == (fitted if fits else theory)
 
 
+def test_a_saved_grid_is_for_all_to_read(vp_grid: Grid, tmp_path: Path) -> None:
+    """As any file that a program opens: what it may be is the user's umask alone."""
+    vp_grid.save(tmp_path / "grid.json")
+    (tmp_path / "other").touch()
+    assert (tmp_path / "grid.json").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
 def test_save_and_load(vp_grid: Grid, tmp_path: Path) -> None:
     path = tmp_path / "grid.json"
     vp_grid.save(path)

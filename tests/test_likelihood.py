@@ -458,3 +458,16 @@ def test_exact_in_many_dimensions_is_refused() -> None:
     with pytest.raises(ValueError, match=r"hutchinson_type.*64.*65"):
         likelihood_fn(lambda x, labels: x, normals(2, 5, 13))
     assert likelihood_fn(lambda x, labels: 0.1 * x, normals(2, 4, 16))[0].isfinite().all()
+
+
+def test_inference_mode() -> None:
+    """The divergence is a derivative, whatever mode the caller is in."""
+    likelihood_fn = likelihood.get_likelihood_fn(sde_lib.VPSDE(), lambda x: x, seeds=0)
+    wanted = likelihood_fn(_tanh, torch.ones(3, 2), draw=0)
+    with torch.inference_mode():
+        found = likelihood_fn(_tanh, torch.ones(3, 2), draw=0)
+    assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
+
+
+def _tanh(x: Tensor, labels: Tensor) -> Tensor:
+    return torch.tanh(x)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
+from torch.nn import Module, Parameter
 
 from ..checks import check_flags, real
 
@@ -36,6 +36,8 @@ class ExponentialMovingAverage:
         self.decay = _check_decay(decay)
         check_flags(use_num_updates=use_num_updates)
         self.num_updates: int | None = 0 if use_num_updates else None
+        if isinstance(parameters, Module):
+            raise TypeError(f"parameters: expected model.parameters(), got the module {type(parameters).__name__}.")
         parameters = list(parameters)
         self._is_averaged = [p.requires_grad for p in parameters]
         self.shadow_params = [
@@ -69,6 +71,8 @@ class ExponentialMovingAverage:
         """Writes the stored copies back: evaluate with the averages between :meth:`store` and this, training is not
         disturbed."""
         parameters = list(parameters)
+        if not self.collected_params and parameters:
+            raise ValueError("parameters: expected store(parameters) before restore, but nothing is stored.")
         check_shapes("parameters", parameters, self.collected_params, "stored")
         for stored, p in zip(self.collected_params, parameters, strict=True):
             p.copy_(stored)
