@@ -289,10 +289,14 @@ def _fault_of_device(device: torch.device) -> str:
     return ""
 
 
+def as_it_is(x: Any) -> Any:
+    return x
+
+
 def check_scaler(inverse_scaler: Any) -> Callable[[Any], Any]:
     """A function of samples; None leaves them as they are."""
     if inverse_scaler is None:
-        return lambda x: x
+        return as_it_is
     if not callable(inverse_scaler):
         raise ValueError(
             f"inverse_scaler: expected a function of the samples, or None to leave them as they are, got "

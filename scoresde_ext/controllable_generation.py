@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import noise, sampling
 from .callers import say_no_gradient, untraced
-from .checks import check_array, check_corrector, check_eps, check_flags, check_scaler, check_state
+from .checks import as_it_is, check_array, check_corrector, check_eps, check_flags, check_scaler, check_state
 from .foreign import recognised
 from .models import utils as mutils
 from .ode import InverseScaler
@@ -68,10 +68,6 @@ class _Known:
 def _broadcasts(mask: Tensor, data: Tensor) -> bool:
     sizes = zip(reversed(mask.shape), reversed(data.shape), strict=False)
     return mask.dim() <= data.dim() and all(m in (1, d) for m, d in sizes)
-
-
-def _identity(x: Tensor) -> Tensor:
-    return x
 
 
 # Gray is the first coordinate of an orthonormal basis of colour space; the other two are found by QR from the gray
@@ -194,7 +190,7 @@ class Inpainter(_Filler):
         mask = mask.to(data.dtype)
         data = torch.where(mask == 0, 0.0, data)  # what is unknown may be NaN
         check_state("data", data)
-        return self._fill(model, _Known(self.sde, data, mask, _identity, _identity), draw)
+        return self._fill(model, _Known(self.sde, data, mask, as_it_is, as_it_is), draw)
 
 
 class Colorizer(_Filler):

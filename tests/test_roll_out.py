@@ -170,6 +170,12 @@ def test_samplers_are_copied_and_pickled(make: Make) -> None:
         assert torch.equal(of(other(model, draw=0)), right)
 
 
+def test_samplers_without_a_scaler_are_pickled() -> None:
+    sampler = sampling.get_ode_sampler(VP, (2, D), None, device="cpu", rtol=1e-2, atol=1e-2, seeds=7)
+    other = pickle.loads(pickle.dumps(sampler))
+    assert torch.equal(of(other(Normal())), of(sampler(Normal())))
+
+
 def test_captured_loops_are_not_copied() -> None:
     sampler = ODE(seeds=7)
     sampler.cache.kept["a key"] = lambda: None  # type: ignore[assignment]
