@@ -51,3 +51,9 @@ def untraced(function: Function) -> Function:
         return disabled(*args, **kwargs)
 
     return entrance  # type: ignore[return-value]
+
+
+def constant_when_compiled(function: Function) -> Function:
+    """``torch.compiler.assume_constant_result``, which takes seconds to import: the mark that it leaves."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function

@@ -8,7 +8,6 @@ there, or kept where that is faster.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable
 from functools import partial, reduce
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import noise, ops
+from .callers import warn
 from .checks import check_array, check_choice, check_eps, check_flags, check_state, real, traced, whole
 from .foreign import recognised
 from .models import utils as mutils
@@ -412,7 +412,7 @@ def _train(
     except FloatingPointError as error:
         if not skip_nonfinite:
             raise
-        warnings.warn(f"Skipped {error}", stacklevel=2)
+        warn(f"Skipped {error}")
         state["step"] += 1
         return loss
     state["step"] += 1

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import graphs, integrate, noise, ops
-from .callers import say_no_gradient, untraced
+from .callers import say_no_gradient, untraced, warn
 from .checks import (
     bad_rows,
     check_choice,
@@ -244,10 +243,9 @@ def _held_tolerances(
     floor, kind = precision_floor(flow, device, dtype)
     if max(rtol, atol) >= floor:
         return rtol, atol
-    warnings.warn(
+    warn(
         f"rtol, atol: held at {floor:g} (got {rtol:g} and {atol:g}), for the network computes in {kind}: smaller "
-        "errors are below its rounding, and would cost hundreds of evaluations. Run it in float32 for more.",
-        stacklevel=5,
+        "errors are below its rounding, and would cost hundreds of evaluations. Run it in float32 for more."
     )
     return floor, floor
 
@@ -313,10 +311,9 @@ _DEFAULTS = {"control": "joint", "coordinate": "t", "order": 3, "max_steps": 10_
 
 @functools.cache
 def _warn_slow(method: str) -> None:
-    warnings.warn(
+    warn(
         f"method {method} is scipy's alone: every evaluation copies the state to numpy and back. "
-        "RK23, RK45 and DOP853 stay on the device.",
-        stacklevel=5,
+        "RK23, RK45 and DOP853 stay on the device."
     )
 
 

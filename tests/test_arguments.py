@@ -674,12 +674,6 @@ def test_predictors_and_correctors_are_classes(make: Callable[..., Any]) -> None
                 call(wrong)
 
 
-@pytest.mark.parametrize("name", ["predictor", "corrector"])
-def test_unknown_names_are_answered_with_the_known_ones(name: str) -> None:
-    with pytest.raises(KeyError, match=rf"name: expected a registered {name} \(.*, none.*\), got 'best'"):
-        getattr(sampling, f"get_{name}")("best")
-
-
 class Module(torch.nn.Module):
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
         return torch.tanh(x)

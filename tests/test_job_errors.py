@@ -84,16 +84,23 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     "grid": (["--grid", "nowhere.json"], ["nfe, grid: expected one of them"]),
     "predictor": (
         ["--sampler", "pc", "--predictor", "best"],
-        ["sample: predictor: expected one of euler_maruyama, reverse_diffusion, ancestral_sampling, none, got 'best'."],
+        [
+            "sample: predictor: expected a registered one (",
+            "ancestral_sampling, ",
+            "none, reverse_diffusion), got 'best'.",
+        ],
     ),
-    "corrector": (["--sampler", "pc", "--corrector", "best"], ["corrector: expected one of langevin, ald, none, got"]),
+    "corrector": (
+        ["--sampler", "pc", "--corrector", "best"],
+        ["corrector: expected a registered one (", "langevin, none), got 'best'."],
+    ),
     "predictor for another sde": (
         ["--sampler", "pc", "--predictor", "ancestral_sampling", "--sde", "subvp"],
         ["sde: ancestral sampling is known for VPSDE and VESDE, got subVPSDE"],
     ),
     "predictor with few steps": (
         ["--sampler", "pc", "--nfe", "4"],
-        ["N: expected at least beta_max = 20 steps", "got 2."],
+        ["N: the discrete process of VPSDE expects N > beta_max", "got N = 2 and beta_max = 20"],
     ),
     "shape of the network": (
         ["--network", f"{NETWORKS}:flat"],

@@ -656,12 +656,14 @@ def test_networks_of_the_programs_own_registry_are_found(beside_us: SimpleNamesp
     assert mutils.get_model("TheirNetwork") is TheirNetwork
     config = SimpleNamespace(model=SimpleNamespace(name="TheirNetwork"), device="cpu")
     assert isinstance(mutils.create_model(config).module, TheirNetwork)
-    with pytest.raises(KeyError, match=r"expected a registered model \(.*TheirNetwork.*\), got 'ncsnpp'"):
+    with pytest.raises(KeyError, match=r"model: expected a registered one \(.*TheirNetwork.*\), got 'ncsnpp'"):
         mutils.get_model("ncsnpp")
 
 
 def test_unknown_predictors_and_correctors_are_told_what_there_is() -> None:
-    with pytest.raises(KeyError, match=r"predictor \(.*ancestral_sampling.*euler_maruyama.*\), got 'euler'"):
+    with pytest.raises(
+        KeyError, match=r"predictor: expected a registered one \(.*ancestral_sampling.*euler_maruyama.*\), got 'euler'"
+    ):
         sampling.get_predictor("euler")
-    with pytest.raises(KeyError, match=r"corrector \(.*ald, langevin.*\), got 'Langevin'"):
+    with pytest.raises(KeyError, match=r"corrector: expected a registered one \(.*ald, langevin.*\), got 'Langevin'"):
         sampling.get_corrector("Langevin")

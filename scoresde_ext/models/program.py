@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import sde_lib
+from ..callers import constant_when_compiled
 from ..foreign import UnknownSDE, fingerprint, recognised
 from ..reach import Network
 from . import utils
@@ -108,7 +109,7 @@ def _once(key: Hashable, question: Callable[[], bool]) -> bool:
     return _answers[key]
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _same_score(theirs: Any, sde: Any, continuous: bool) -> bool:
     """Whether the program's own ``get_score_fn`` gives a network the same inputs as ours, in the same mode, and makes
     the same score of its output."""
@@ -135,7 +136,7 @@ def _same_score(theirs: Any, sde: Any, continuous: bool) -> bool:
     return _once((theirs, fingerprint(sde), continuous), answer)
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _same_output(theirs: Any) -> bool:
     """Whether the program's own ``get_model_fn`` hands inputs and output of the network on as they are."""
 

@@ -45,7 +45,7 @@ def look_up(registry: dict[str, type], kind: str, name: str) -> type:
     except KeyError:
         names = ", ".join(sorted(registry)) or "none"
         raise KeyError(
-            f"name: expected a registered {kind} ({names}), got {name!r}. Import the module that registers it first."
+            f"{kind}: expected a registered one ({names}), got {name!r}. Import the module that registers it first."
         ) from None
 
 
