@@ -356,7 +356,7 @@ def log_snr(sde: AffineSDE, t: Any) -> Any:
     return sde.log_snr(t)
 
 
-_AFFINE_METHODS = ("sde", "marginal_prob", "discretize")
+_AFFINE_METHODS = frozenset({"sde", "marginal_prob", "discretize"})
 
 
 def is_affine(sde: Any) -> TypeGuard[AffineSDE]:
@@ -366,7 +366,7 @@ def is_affine(sde: Any) -> TypeGuard[AffineSDE]:
         and all(getattr(type(sde), name) is getattr(AffineSDE, name) for name in _AFFINE_METHODS)
     ):
         return False
-    return not any(name in vars(sde) for name in _AFFINE_METHODS)
+    return _AFFINE_METHODS.isdisjoint(vars(sde))
 
 
 def _normal_logp(z: Tensor, std: float) -> Tensor:
@@ -643,6 +643,9 @@ PROCESSES: dict[type, tuple[str, str, str]] = {
 }
 
 
+_METHODS = frozenset(name for cls in PROCESSES for name in dir(cls) if callable(getattr(cls, name)))
+
+
 def takes_numbers(sde: Any) -> bool:
     """Whether coefficients may be asked for at a Python float: of the classes of this module, not of their
     subclasses."""
@@ -653,7 +656,7 @@ def perturbation(sde: AffineSDE, u: Tensor, eps: float) -> tuple[Tensor, Tensor,
     """Times ``t = eps + (T - eps) u``, and m and s there: ``(B,)`` each. One kernel for the SDEs of this module as they
     are: as small tensors, the times of a small batch cost as much as its data."""
     known = PROCESSES.get(type(sde))
-    if known is None or any(callable(value) for value in vars(sde).values()):
+    if known is None or not _METHODS.isdisjoint(vars(sde)):  # an object may have a method of its own
         t = u * (sde.T - eps) + eps
         return t, *sde.marginal_coefficients(t)
     process, *names = known
