@@ -157,20 +157,21 @@ struct ScoreLoss : Function<ScoreLoss> {
     const variable_list saved = ctx->get_saved_variables();
     const Tensor& kept = saved[0];
     // Products of coefficients would overflow in half precision, under a loss scale for example.
-    const at::ScalarType compute_type = kept.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-    const Tensor c = saved[1].to(compute_type), w = saved[2].to(compute_type);
+    const auto coefficient = [&](const Tensor& v) {
+      return v.to(kept.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+    };
     const bool weighted = kept.scalar_type() == at::kFloat || kept.scalar_type() == at::kDouble;
     Tensor total;
     if (g[0].defined()) {
       // The usual case, all ones, needs no pass over memory: the kept gradient itself is handed on. Not where the
       // graph is kept for another backward, which what becomes of it then would disturb.
       const bool as_it_is = weighted && !get_current_graph_task_keep_graph() && is_all_ones(g[0]);
-      total = as_it_is ? kept : scaled(kept, weighted ? g[0] : at::mul(g[0], w), true);
+      total = as_it_is ? kept : scaled(kept, weighted ? g[0] : at::mul(g[0], coefficient(saved[2])), true);
     }
     // What is kept is itself a result, with derivative 2 c^2 w (or 2 c^2).
     if (g[1].defined()) {
-      const Tensor curvature = at::mul(at::mul(c, c), 2);
-      total = sum(total, scaled(g[1], weighted ? at::mul(curvature, w) : curvature, true));
+      const Tensor c = coefficient(saved[1]), curvature = at::mul(at::mul(c, c), 2);
+      total = sum(total, scaled(g[1], weighted ? at::mul(curvature, coefficient(saved[2])) : curvature, true));
     }
     return {total, {}};
   }
