@@ -177,3 +177,15 @@ def test_a_network_that_raises_when_it_is_asked_again() -> None:
 
     solution = sampler_of({}, on_failure="status", max_steps=5, rtol=1e-12, atol=1e-6).solve(network)
     assert (solution.status == integrate.Status.MAX_STEPS).all() and math.isnan(solution.y[0, 0])
+
+
+@pytest.mark.parametrize("method", ["RK45", "unipc"])
+def test_a_stream_names_it_once(method: str) -> None:
+    sampler = sampler_of({"method": method, "control": "per_sample", "max_steps": 20})
+    with pytest.warns(UserWarning, match=WARNING) as said:
+        groups = list(sampler.stream(Counted(0.01), slots=2))
+    assert len(said) == 1
+    assert all((group.status == integrate.Status.MAX_STEPS).all() for group in groups)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        list(sampler.stream(Counted(), slots=2))  # too few steps, but no noise

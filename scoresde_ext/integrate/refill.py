@@ -133,6 +133,8 @@ class Stream:
             ys, reached = (angle.leave(ys[0], run.end),), angle.times(reached)
         failed = status > 0
         if bool(failed.any()):
+            with torch.no_grad():
+                run.look_where_stuck()
             ys = tuple(y.masked_fill(column(failed, y), torch.nan) for y in ys)
         ended, evaluations = rows[slots], run.evaluations[at]
         rows[slots] = -1

@@ -110,6 +110,12 @@ class Run:
                 f"({self.nfe} evaluations so far)"
             )
 
+    def look_where_stuck(self, struggled: bool = False) -> None:
+        """The same where samples could not go on."""
+        stuck = bool(((self.status == Status.MAX_STEPS) | (self.status == Status.STEP_SIZE)).any())
+        if not self.looked and (stuck or struggled):
+            self.look_for_noise(self.drift.terms, (self.start, self.y0))
+
     def struggles(self, norms: Sequence[Any]) -> bool:
         """Whether steps are rejected again and again. One that is tried again mostly succeeds, as its error falls with
         a power of its size; noise falls with the size alone."""
@@ -182,10 +188,8 @@ class Run:
         with torch.no_grad(), self.bar or nullcontext():
             try:
                 self.integrate()
-                stuck = bool(((self.status == Status.MAX_STEPS) | (self.status == Status.STEP_SIZE)).any())
                 on_device = graphs.backend_of(self.status.device) is not None
-                if not self.looked and (stuck or (on_device and self.struggles(self.error_norms))):
-                    self.look_for_noise(self.drift.terms, (self.start, self.y0))
+                self.look_where_stuck(on_device and self.struggles(self.error_norms))
             except Raised as raised:
                 self.error = raised.__cause__
                 self.end_as(self.running, Status.RAISED)
