@@ -140,15 +140,20 @@ def recognised(sde: Any) -> SDE:
     """
     if type(sde) in PROCESSES or isinstance(sde, (VPSDE, subVPSDE, VESDE)):
         return sde
-    if (kept := _seen.get(id(sde))) and kept[0].is_that_of(sde):
-        return kept[1]
     cls = type(sde)
     if cls not in _names:
         _names[cls] = next((base.__name__ for base in cls.__mro__ if base.__name__ in _OURS), None)
-    name = _names[cls]
-    lacking = [a for a in (*_OURS[name].PARAMETERS, "T", *_METHODS) if not hasattr(sde, a)] if name else []
-    if name and not lacking:
-        return _read_as(name, sde)
+    name, lacking = _names[cls], []
+    if name:
+        key = _Itself(sde), fingerprint(sde)
+        if key in _seen:
+            return _seen[key]
+        lacking = [a for a in (*_OURS[name].PARAMETERS, "T", *_METHODS) if not hasattr(sde, a)]
+        if not lacking:
+            _seen[key] = _read_as(name, sde)
+            if len(_seen) > 16:
+                _seen.popitem(last=False)
+            return _seen[key]
     if isinstance(sde, SDE):
         return sde
     if name is None and not isinstance(sde, type) and all(hasattr(sde, a) for a in ("N", "T", *_METHODS)):
@@ -166,37 +171,11 @@ def recognised(sde: Any) -> SDE:
 
 
 def _read_as(name: str, foreign: Any) -> SDE:
-    """Kept until an attribute changes."""
-    state, sde = _State(foreign), _SAME[name](foreign)
-    if not _computes_the_same(foreign, sde):
-        sde = _OTHER[name](foreign)
-    _seen[id(foreign)] = state, sde
-    if len(_seen) > 16:
-        _seen.popitem(last=False)
-    return sde
+    sde = _SAME[name](foreign)
+    return sde if _computes_the_same(foreign, sde) else _OTHER[name](foreign)
 
 
-class _State:
-    """An SDE's methods and attributes at one time. They are kept alive, so that an identity is that of one object."""
-
-    def __init__(self, sde: Any) -> None:
-        self.sde, self.attributes = sde, dict(getattr(sde, "__dict__", {}))
-        self.methods = [getattr(type(sde), name) for name in _METHODS]
-        tensors = (v for v in self.attributes.values() if isinstance(v, Tensor) and not v.is_inference())
-        self.written = [(v, v._version) for v in tensors]
-
-    def is_that_of(self, sde: Any) -> bool:
-        now = getattr(sde, "__dict__", {})
-        return (
-            self.sde is sde
-            and all(getattr(type(sde), name) is method for name, method in zip(_METHODS, self.methods, strict=True))
-            and len(now) == len(self.attributes)
-            and all(now.get(name) is value for name, value in self.attributes.items())
-            and all(tensor._version == version for tensor, version in self.written)
-        )
-
-
-_seen: OrderedDict[int, tuple[_State, SDE]] = OrderedDict()  # the latest few, by id
+_seen: OrderedDict[Hashable, SDE] = OrderedDict()  # the latest few objects, as they were
 _names: dict[type, str | None] = {}  # of ours, that a class is called by
 
 
@@ -214,14 +193,16 @@ class _Itself:
 
 
 def fingerprint(sde: Any) -> Hashable:
-    """The SDE's class and attributes, as a key: tensors and other objects by their identity."""
+    """The SDE's class with its methods, and its attributes, as a key: tensors and other objects by their identity."""
 
     def mark(value: Any) -> Hashable:
         if isinstance(value, Tensor):
             return _Itself(value), 0 if value.is_inference() else value._version
         return value if isinstance(value, (bool, int, float, str, type(None))) else _Itself(value)
 
-    return type(sde), *((name, mark(value)) for name, value in getattr(sde, "__dict__", {}).items())
+    cls, attributes = type(sde), getattr(sde, "__dict__", {})
+    methods = (getattr(cls, name, None) for name in _METHODS)
+    return cls, *map(_Itself, methods), *((name, mark(value)) for name, value in attributes.items())
 
 
 def _computes_the_same(foreign: Any, ours: SDE) -> bool:

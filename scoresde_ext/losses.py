@@ -24,7 +24,7 @@ from .models.program import model_function, score_function
 from .models.utils import ScoreFunction
 from .reference import Draw, rows
 from .sde_lib import SDE, VESDE, VPSDE, is_affine, perturbation
-from .utils import check_state as check_state_keys
+from .utils import require_keys
 
 LossFn = Callable[..., Tensor]
 """``loss_fn(model, batch, mask=None)``."""
@@ -287,25 +287,12 @@ def get_smld_loss_fn(vesde: VESDE, train: bool, reduce_mean: bool = False) -> Lo
     if not isinstance(recognised(vesde), VESDE):
         raise AssertionError(f"vesde: SMLD training works for VESDE alone, got {type(vesde).__name__}.")
     check_flags(train=train, reduce_mean=reduce_mean)
-    return partial(_smld_loss, vesde, train, reduce_mean)
+    return partial(_discrete_loss, _smld_terms, vesde, train, reduce_mean)
 
 
-def _smld_loss(
-    vesde: VESDE, train: bool, reduce_mean: bool, model: Any, batch: Tensor, mask: Tensor | None = None
-) -> Tensor:
-    check_array("batch", batch)
-    if mask is not None:
-        batch, mask = _observed(batch, mask)
-    network, sde = model_function(model, train, mutils, each_step=True), recognised(vesde)
-    assert isinstance(sde, VESDE)
-    like = batch.new_empty(batch.shape[0], dtype=ops.compute_dtype(batch))
-    labels = noise.integers(sde.N, like)
+def _smld_terms(sde: VESDE, labels: Tensor, like: Tensor) -> tuple[Any, ...]:
     sigmas = sde.table("discrete_sigmas", like)[sde.N - 1 - labels]  # label 0 is the largest
-    x, draw = _perturbed(batch, 1.0, sigmas, noise.normal(batch))
-    out = network(x, labels)
-    del x
-    # (score + z / sigma)^2 sigma^2
-    return _loss(out, sigmas, 1.0, 1.0, draw, batch, mask, reduce_mean)
+    return 1.0, sigmas, sigmas, 1.0  # (score + z / sigma)^2 sigma^2
 
 
 def get_ddpm_loss_fn(vpsde: VPSDE, train: bool, reduce_mean: bool = True) -> LossFn:
@@ -317,26 +304,38 @@ def get_ddpm_loss_fn(vpsde: VPSDE, train: bool, reduce_mean: bool = True) -> Los
         raise AssertionError(f"vpsde: DDPM training works for VPSDE alone, got {type(vpsde).__name__}.")
     process.require_discrete()
     check_flags(train=train, reduce_mean=reduce_mean)
-    return partial(_ddpm_loss, vpsde, train, reduce_mean)
+    return partial(_discrete_loss, _ddpm_terms, vpsde, train, reduce_mean)
 
 
-def _ddpm_loss(
-    vpsde: VPSDE, train: bool, reduce_mean: bool, model: Any, batch: Tensor, mask: Tensor | None = None
+def _ddpm_terms(sde: VPSDE, labels: Tensor, like: Tensor) -> tuple[Any, ...]:
+    m, std = (sde.table(name, like)[labels] for name in ("sqrt_alphas_cumprod", "sqrt_1m_alphas_cumprod"))
+    return m, std, 1.0, -1.0  # (out - z)^2
+
+
+def _discrete_loss(
+    terms: Callable[[Any, Tensor, Tensor], tuple[Any, ...]],
+    sde: SDE,
+    train: bool,
+    reduce_mean: bool,
+    model: Any,
+    batch: Tensor,
+    mask: Tensor | None = None,
 ) -> Tensor:
+    """``(c out + d z)^2`` at ``m x_0 + s z``, with the ``m, s, c, d`` that ``terms`` gives for the labels."""
     check_array("batch", batch)
     if mask is not None:
         batch, mask = _observed(batch, mask)
-    network, sde = model_function(model, train, mutils, each_step=True), recognised(vpsde)
-    assert isinstance(sde, VPSDE)
-    sde.require_discrete()
+    process: Any = recognised(sde)
+    if isinstance(process, VPSDE):
+        process.require_discrete()
+    network = model_function(model, train, mutils, each_step=True)
     like = batch.new_empty(batch.shape[0], dtype=ops.compute_dtype(batch))
-    labels = noise.integers(sde.N, like)
-    m, std = (sde.table(name, like)[labels] for name in ("sqrt_alphas_cumprod", "sqrt_1m_alphas_cumprod"))
-    x, draw = _perturbed(batch, m, std, noise.normal(batch))
+    labels = noise.integers(process.N, like)
+    m, s, c, d = terms(process, labels, like)
+    x, draw = _perturbed(batch, m, s, noise.normal(batch))
     out = network(x, labels)
-    del x
-    # (out - z)^2
-    return _loss(out, 1.0, -1.0, 1.0, draw, batch, mask, reduce_mean)
+    del x  # unless the network keeps it for its own derivative, its memory serves for the gradient
+    return _loss(out, c, d, 1.0, draw, batch, mask, reduce_mean)
 
 
 def get_step_fn(
@@ -402,7 +401,7 @@ def _train(
     batch: Tensor,
     mask: Tensor | None = None,
 ) -> Tensor:
-    check_state_keys(state)
+    require_keys(state)
     model, optimizer = state["model"], state["optimizer"]
     optimizer.zero_grad()
     loss = loss_fn(model, batch, mask)
@@ -422,7 +421,7 @@ def _train(
 
 @torch.no_grad()
 def _evaluate(loss_fn: LossFn, state: dict[str, Any], batch: Tensor, mask: Tensor | None = None) -> Tensor:
-    check_state_keys(state, ("model", "ema"))
+    require_keys(state, ("model", "ema"))
     model, ema = state["model"], state["ema"]
     ema.store(model.parameters())
     try:

@@ -19,7 +19,7 @@ from torch import Tensor
 STATE = ("optimizer", "model", "ema", "step")
 
 
-def check_state(state: Any, keys: Sequence[str] = STATE) -> None:
+def require_keys(state: Any, keys: Sequence[str] = STATE) -> None:
     """A training state has these keys."""
     missing = [key for key in keys if key not in state]
     if missing:
@@ -35,7 +35,7 @@ def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None
         ValueError: ``state`` lacks a key, or holds something else that ``weights_only`` does not read. Nothing is
             written then.
     """
-    check_state(state)
+    require_keys(state)
     saved = {
         "optimizer": _plain(state["optimizer"].state_dict()),
         "model": state["model"].state_dict(),
@@ -125,7 +125,7 @@ def restore_checkpoint(
 
     ``state`` is as it was after each of these.
     """
-    check_state(state)
+    require_keys(state)
     if not Path(path).is_file():
         raise FileNotFoundError(f"path: expected a checkpoint file, found none at {os.fspath(path)!r}.")
     loaded = read_torch_file(path, device)
