@@ -21,7 +21,7 @@ import setuptools
 from setuptools import Extension, setup
 
 SETUPTOOLS_NEEDED = 77
-TORCH_NEEDED = (2, 11)
+TORCH_NEEDED = (2, 4)
 DEFAULT_CUDA_ARCHS = "8.0;9.0+PTX"
 
 # Before setup() reads pyproject.toml, of which an older one says in a hundred lines that it does not understand it.

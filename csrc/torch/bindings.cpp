@@ -1,7 +1,7 @@
 // The Python module scoresde_ext._C: what is not a tensor operation. Loading it also registers the operations of
 // ops.cpp. Light headers only: torch/extension.h would make this file take half a minute.
 #include <pybind11/pybind11.h>
-#include <torch/headeronly/version.h>
+#include <torch/version.h>
 
 #include <cstdint>
 #include <stdexcept>

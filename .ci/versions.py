@@ -1,0 +1,178 @@
+"""Builds the extension and runs its tests on every promised pair of torch and Python: the table of docs/versions.md.
+
+    python .ci/versions.py                          all pairs, the whole suite: hours; for every night
+    python .ci/versions.py --torch 2.11.0 --python 3.11 -- tests/test_ops_values.py -q
+
+For each pair: the committed files in a folder of their own, torch in another (a CPU build where pip finds one; else the
+CUDA build without NVIDIA's packages, over the stand-ins of stand_ins.py), the other packages at constraints.txt's
+versions, a build for the CPU, pytest. A row is written after each pair; one that fails does not stop the others, and
+makes the exit status 1. Interpreters are looked for on PATH and among pyenv's. Needs pip, gcc, g++ and binutils.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+import stand_ins
+
+ROOT = Path(__file__).resolve().parent.parent
+TABLE = ROOT / "docs" / "versions.md"
+# The last release of each minor version, and the Pythons that PyTorch builds it for.
+PYTHONS = {
+    "2.4.1": ("3.10", "3.11", "3.12"),
+    "2.5.1": ("3.10", "3.11", "3.12", "3.13"),
+    "2.6.0": ("3.10", "3.11", "3.12", "3.13"),
+    "2.7.1": ("3.10", "3.11", "3.12", "3.13"),
+    "2.8.0": ("3.10", "3.11", "3.12", "3.13"),
+    "2.9.1": ("3.10", "3.11", "3.12", "3.13"),
+    "2.10.0": ("3.10", "3.11", "3.12", "3.13"),
+    "2.11.0": ("3.10", "3.11", "3.12", "3.13"),
+    "2.12.1": ("3.10", "3.11", "3.12", "3.13"),
+    "2.13.0": ("3.10", "3.11", "3.12", "3.13"),
+    "2.14.1": ("3.10", "3.11", "3.12", "3.13"),
+    "2.15.0": ("3.10", "3.11", "3.12", "3.13"),
+}
+
+
+class Failed(Exception):
+    """What failed, in words."""
+
+
+def run(log: Path, *command: str | Path, cwd: Path = ROOT, **environment: str) -> str:
+    """Runs a command; what it printed, which is added to the log."""
+    done = subprocess.run(
+        command, cwd=cwd, env=os.environ | environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    with log.open("a") as file:
+        file.write(f"$ {' '.join(map(str, command))}\n{done.stdout}\n")
+    if done.returncode:
+        raise Failed(done.stdout)
+    return done.stdout
+
+
+def interpreter(version: str) -> str:
+    pyenv = sorted(Path.home().glob(f".pyenv/versions/{version}.*/bin/python"))
+    for candidate in (shutil.which(f"python{version}"), *map(str, pyenv)):
+        if candidate and subprocess.run([candidate, "--version"], capture_output=True).returncode == 0:
+            return candidate
+    raise Failed(f"there is no python{version}")
+
+
+def packages(folder: Path, python: str, log: Path) -> Path:
+    """An environment with everything but torch; its interpreter."""
+    home = folder / f"python{python}"
+    if not (home / "done").exists():
+        run(log, interpreter(python), "-m", "venv", "--clear", home)
+        pinned = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("torch==")]
+        (home / "pinned.txt").write_text("\n".join(pinned))
+        run(log, home / "bin/python", "-m", "pip", "install", "--no-deps", "-r", home / "pinned.txt")
+        (home / "done").touch()
+    return home / "bin/python"
+
+
+def install_torch(home: Path, python: Path, version: str, log: Path) -> None:
+    if (home / "torch_done").exists():
+        return
+    target = home / "torch"
+    shutil.rmtree(target, ignore_errors=True)
+    install = (python, "-m", "pip", "install", "--no-deps", "--no-cache-dir", "--target", target)
+    try:
+        run(log, *install, f"torch=={version}+cpu")
+    except Failed:
+        run(log, *install, f"torch=={version}")
+        stand_ins.main(target / "torch", home / "stand_ins")
+    (home / "torch_done").touch()
+
+
+def try_pair(folder: Path, python: str, torch: str, commit: str, arguments: list[str]) -> str:
+    """What came of it: pytest's last line, or what failed."""
+    home = folder / f"python{python}-torch{torch}"
+    home.mkdir(parents=True, exist_ok=True)
+    log, checkout = home / "log.txt", home / "checkout"
+    log.unlink(missing_ok=True)
+    try:
+        step, of_python = "its packages do not install", packages(folder, python, log)
+        install_torch(home, of_python, torch, log)
+        checkout.mkdir(exist_ok=True)  # objects of an earlier run are used again: the files keep their time of change
+        archive = subprocess.run(["git", "archive", commit], cwd=ROOT, check=True, stdout=subprocess.PIPE).stdout
+        subprocess.run(["tar", "-x", "-C", checkout], input=archive, check=True)
+        environment = {
+            "PYTHONPATH": f"{home / 'torch'}{os.pathsep}{checkout}",
+            "LD_LIBRARY_PATH": str(home / "stand_ins"),
+            "PATH": f"{of_python.parent}{os.pathsep}{os.environ['PATH']}",
+        }
+        step = "does not build"
+        run(
+            log, of_python, "setup.py", "build_ext", "--inplace",
+            cwd=checkout, SCORESDE_EXT_CUDA="0", MAX_JOBS=str(os.cpu_count()), **environment,
+        )  # fmt: skip
+        step = "tests failed"
+        said = run(log, of_python, "-m", "pytest", "-q", "-n", "2", *arguments, cwd=checkout, **environment)
+    except Failed as failed:
+        last = str(failed).strip().splitlines()[-1] if step == "tests failed" else first_error(str(failed))
+        return f"{step}: {last.strip('= ')}"
+    return said.strip().splitlines()[-1].strip("= ")
+
+
+def first_error(said: str) -> str:
+    lines = [line for line in said.strip().splitlines() if re.search(r"\berror\b|Error", line)]
+    return (lines or said.strip().splitlines() or [""])[0].strip()[:200]
+
+
+def rows(results: dict[str, Any]) -> list[str]:
+    def order(name: str) -> list[int]:
+        return [int(n) for n in re.findall(r"\d+", name)]
+
+    table = ["| torch | Python | result | minutes | commit |", "|---|---|---|---|---|"]
+    for name in sorted(results, key=order):
+        found = results[name]
+        torch, python = name.split()
+        table.append(f"| {torch} | {python} | {found['result']} | {found['minutes']:.0f} | {found['commit']} |")
+    return table
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--torch", nargs="+", default=list(PYTHONS), help="versions of torch (default: all)")
+    parser.add_argument("--python", nargs="+", default=["3.10", "3.11", "3.12", "3.13"], help="versions of Python")
+    parser.add_argument("--folder", type=Path, default=ROOT / "out" / "versions", help="where all is installed")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/versions.md")
+    parser.add_argument("arguments", nargs="*", help="for pytest (default: the whole suite)")
+    options = parser.parse_args()
+
+    commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    kept = options.folder / "results.json"
+    results = json.loads(kept.read_text()) if kept.exists() else {}
+    failed = False
+    for torch, python in itertools.product(options.torch, options.python):
+        if python not in PYTHONS.get(torch, options.python):
+            continue
+        since = time.monotonic()
+        result = try_pair(options.folder, python, torch, commit, options.arguments)
+        failed |= not re.match(r"\d+ passed", result)
+        minutes = (time.monotonic() - since) / 60
+        print(f"torch {torch}, Python {python}: {result} ({minutes:.1f} minutes)", flush=True)
+        results[f"{torch} {python}"] = {"result": result, "minutes": minutes, "commit": commit}
+        kept.write_text(json.dumps(results, indent=1))
+    table = "\n".join(rows(results))
+    print(table)
+    if options.write:
+        before, after = TABLE.read_text().split("<!-- table -->")[0], TABLE.read_text().split("<!-- end -->")[1]
+        TABLE.write_text(f"{before}<!-- table -->\n{table}\n<!-- end -->{after}")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
