@@ -35,6 +35,8 @@ from .checks import as_real, check_state, derived, traced, transformed
 from .reference import PROCESSES, Draw
 
 _traced, _calls = torch.ops.scoresde_ext, _C.calls  # the operators, twice: see _op
+# Before torch 2.7 an export is not told apart from a compilation.
+_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 
 
 # ---- what is refused ----
@@ -156,7 +158,7 @@ def _whole(name: str, t: Any, x: Tensor) -> Tensor:
 def _number(name: str, v: Any, x: Tensor) -> Any:
     """A coefficient as a tensor of one element or ``(B,)``; or, as direct calls on the CPU take it, as a number."""
     if isinstance(v, (int, float)):
-        return v if x.is_cpu and not traced() else torch.full((1,), v, dtype=compute_dtype(x), device=x.device)
+        return v if x.is_cpu and not traced() else torch.full((1,), float(v), dtype=compute_dtype(x), device=x.device)
     if not isinstance(v, Tensor) and (plain := as_real(v)) is not None:
         return _number(name, plain, x)
     if not isinstance(v, Tensor) or not v.is_floating_point():
@@ -181,9 +183,8 @@ def _matrix(c: Any, n_terms: int, x: Tensor) -> Tensor:
     if not isinstance(c, Tensor):
         try:
             c = torch.tensor(c, dtype=compute_dtype(x))
-            if (
-                x.is_cuda
-            ):  # by kernels: a copy would wait for the device, and read our memory at every replay of a graph
+            if x.is_cuda:
+                # By kernels: a copy would wait for the device, and read our memory at every replay of a graph.
                 values = [torch.full((1,), v, dtype=c.dtype, device=x.device) for v in c.flatten().tolist()]
                 c = torch.cat(values).reshape(c.shape)
             c = c.to(x.device)
@@ -332,7 +333,7 @@ def perturb_keeping(x0: Tensor, m: Tensor | float, s: Tensor | float, draw: Draw
     """
     _state("x0", x0)
     ms, ss, noise = _number("m", m, x0), _number("s", s, x0), _noise(draw, x0)
-    keeps = x0.is_cpu and x0.dtype == torch.float32 and draw.key is not None and not torch.compiler.is_exporting()
+    keeps = x0.is_cpu and x0.dtype == torch.float32 and draw.key is not None and not _exporting()
     if not keeps or derived(x0, ms, ss):
         if x0.is_cpu:
             check_state("x0", x0)
@@ -735,4 +736,5 @@ def _register_vmap() -> None:
         batched(getattr(_traced, name).default)
 
 
-_register_vmap()
+if hasattr(torch.library, "register_vmap"):  # torch 2.4 has none, and calls the operators one by one
+    _register_vmap()

@@ -173,18 +173,34 @@ def read_torch_file(
     path: str | os.PathLike[str] | IO[bytes], device: torch.device | str, mmap: bool | None = None
 ) -> Any:
     """What torch.save wrote, read by ``weights_only``; upstream's numpy number is allowed beside."""
-    with torch.serialization.safe_globals(_NUMPY_NUMBER):
+    with _allowing(_NUMPY_NUMBER):
         return torch.load(path, map_location=device, weights_only=True, mmap=mmap)
 
 
-# The function that rebuilds a pickled numpy number; numpy < 2 wrote it under its old name.
-_NUMPY_SCALAR = np.float64(0.0).__reduce__()[0]
-_NUMPY_NUMBER: list[Any] = [
-    _NUMPY_SCALAR,
-    (_NUMPY_SCALAR, "numpy.core.multiarray.scalar"),
-    np.dtype,
-    np.dtypes.Float64DType,
-]
+@contextmanager
+def _allowing(types: list[Any]) -> Iterator[None]:
+    """``torch.serialization.safe_globals``, which torch 2.4 lacks."""
+    before = list(torch.serialization.get_safe_globals())
+    torch.serialization.add_safe_globals(types)
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
+
+
+_NUMPY_SCALAR = np.float64(0.0).__reduce__()[0]  # the function that rebuilds a pickled numpy number
+
+
+def _old_numpy_scalar(*arguments: Any) -> Any:
+    """The same under the name by which numpy < 2 wrote it. Names are looked at where torch 2.5 knows no other way."""
+    return _NUMPY_SCALAR(*arguments)
+
+
+_old_numpy_scalar.__module__, _old_numpy_scalar.__name__ = "numpy.core.multiarray", "scalar"
+_old_numpy_scalar.__qualname__ = _old_numpy_scalar.__name__
+
+_NUMPY_NUMBER: list[Any] = [_NUMPY_SCALAR, _old_numpy_scalar, np.dtype, np.dtypes.Float64DType]
 
 
 def load_weights(model: torch.nn.Module, weights: dict[str, Any]) -> None:
