@@ -74,7 +74,9 @@ def packages(folder: Path, python: str, log: Path) -> Path:
     home = folder / f"python{python}"
     if not (home / "done").exists():
         run(log, interpreter(python), "-m", "venv", "--clear", home)
-        pinned = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("torch==")]
+        pinned = [
+            line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("torch==")
+        ]
         (home / "pinned.txt").write_text("\n".join(pinned))
         run(log, home / "bin/python", "-m", "pip", "install", "--no-deps", "-r", home / "pinned.txt")
         (home / "done").touch()

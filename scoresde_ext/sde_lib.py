@@ -170,7 +170,7 @@ def score_terms(
     ``models.utils.get_score_fn`` makes, else the score itself and 1. ``at`` is the number that all times are, if they
     are one: k then is a number."""
     terms = getattr(score_fn, "terms", None)
-    return terms(x, t, t if at is None else at) if terms else (score_fn(x, t), 1.0)
+    return (score_fn(x, t), 1.0) if terms is None else terms(x, t, t if at is None else at)
 
 
 class AffineSDE(SDE):
@@ -356,7 +356,8 @@ def log_snr(sde: AffineSDE, t: Any) -> Any:
     return sde.log_snr(t)
 
 
-_AFFINE_METHODS = frozenset({"sde", "marginal_prob", "discretize"})
+# Names as tuples, and looked up one by one: so torch.compile can follow, of any version.
+_AFFINE_METHODS = ("sde", "marginal_prob", "discretize")
 
 
 def is_affine(sde: Any) -> TypeGuard[AffineSDE]:
@@ -366,7 +367,7 @@ def is_affine(sde: Any) -> TypeGuard[AffineSDE]:
         and all(getattr(type(sde), name) is getattr(AffineSDE, name) for name in _AFFINE_METHODS)
     ):
         return False
-    return _AFFINE_METHODS.isdisjoint(vars(sde))
+    return not any(name in sde.__dict__ for name in _AFFINE_METHODS)
 
 
 def _normal_logp(z: Tensor, std: float) -> Tensor:
@@ -643,7 +644,7 @@ PROCESSES: dict[type, tuple[str, str, str]] = {
 }
 
 
-_METHODS = frozenset(name for cls in PROCESSES for name in dir(cls) if callable(getattr(cls, name)))
+_METHODS = tuple({name for cls in PROCESSES for name in dir(cls) if name[0] != "_" and callable(getattr(cls, name))})
 
 
 def takes_numbers(sde: Any) -> bool:
@@ -656,7 +657,7 @@ def perturbation(sde: AffineSDE, u: Tensor, eps: float) -> tuple[Tensor, Tensor,
     """Times ``t = eps + (T - eps) u``, and m and s there: ``(B,)`` each. One kernel for the SDEs of this module as they
     are: as small tensors, the times of a small batch cost as much as its data."""
     known = PROCESSES.get(type(sde))
-    if known is None or not _METHODS.isdisjoint(vars(sde)):  # an object may have a method of its own
+    if known is None or any(name in sde.__dict__ for name in _METHODS):  # an object may have a method of its own
         t = u * (sde.T - eps) + eps
         return t, *sde.marginal_coefficients(t)
     process, *names = known

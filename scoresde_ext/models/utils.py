@@ -119,7 +119,7 @@ def ensure_mode(model: Network, train: bool) -> None:
 def _in_mode(module: nn.Module, train: bool) -> bool:
     """Whether a module says so. What torch.export made has a ``train`` of its own, and says anything; a frozen
     ScriptModule says nothing."""
-    return getattr(module, "training", train) == train and "train" not in vars(module)
+    return getattr(module, "training", train) == train and "train" not in module.__dict__
 
 
 def _has_mode(module: nn.Module, model: Network, train: bool) -> bool:
@@ -221,7 +221,10 @@ class CheckedNetwork:
 
 
 def _dtype_of(module: nn.Module) -> torch.dtype | None:
-    return next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            return parameter.dtype
+    return None
 
 
 class ScoreFunction:
