@@ -41,11 +41,15 @@ except ModuleNotFoundError as error:
         "Building scoresde_ext needs the torch it will run with, and this build environment has none (pip's build "
         "isolation hides an installed one): run `pip install torch`, then `pip install --no-build-isolation .`"
     )
-if tuple(map(int, torch.__version__.split(".")[:2])) < TORCH_NEEDED:
+TORCH_VERSION = tuple(map(int, torch.__version__.split(".")[:2]))
+if TORCH_VERSION < TORCH_NEEDED:
     sys.exit(
         f"Building scoresde_ext needs torch >= {'.'.join(map(str, TORCH_NEEDED))}, and this environment has "
         f"{torch.__version__}: run `pip install --upgrade torch`, then `pip install --no-build-isolation .`"
     )
+
+# The sources are C++17, and compiled so wherever torch's headers can be.
+CXX_STANDARD = "-std=c++17" if TORCH_VERSION < (2, 14) else "-std=c++20"
 
 
 class Nvcc(NamedTuple):
@@ -173,7 +177,7 @@ def extension() -> Extension:
         include_dirs=[os.path.abspath("csrc")],
         library_dirs=library_dirs,
         libraries=libraries,
-        extra_compile_args={"cxx": flags + macros, "nvcc": nvcc_flags},
+        extra_compile_args={"cxx": [CXX_STANDARD, *flags, *macros], "nvcc": [CXX_STANDARD, *nvcc_flags]},
     )
 
 

@@ -10,6 +10,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores
     torch.set_num_threads(1)
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for marker in item.iter_markers("torch"):
+        (needed,) = marker.args
+        if tuple(map(int, torch.__version__.split(".")[:2])) < tuple(map(int, needed.split("."))):
+            pytest.skip(f"torch {torch.__version__} cannot: {needed} can")
+
+
 @pytest.fixture(autouse=True)
 def fresh_generator_and_threads() -> Iterator[None]:
     """Every test starts from one seed, so that it does not depend on those before it, and gives the threads back."""
