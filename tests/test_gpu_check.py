@@ -146,6 +146,18 @@ def test_what_a_part_leaves_behind_is_killed(tmp_path: Path) -> None:
     assert not any(running(int(pid)) for pid in (tmp_path / "pids").read_text().split())
 
 
+def test_a_command_is_ended_with_its_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a part itself has started it, and no tag says whose it is."""
+    monkeypatch.setattr(groups, "GRACE", 0.3)
+    script = SLEEPERS.replace('({}, {"start_new_session": True})', "({}, {})") + "print('a'); time.sleep(600)"
+    command = [sys.executable, "-c", SPEAK + script, str(tmp_path / "out")]
+    ended, said = groups.called(command, 2)
+    assert ended == (-signal.SIGTERM, True) and said == "a\n"
+    pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
+    assert len(pids) == 2
+    wait_for(lambda: not any(map(running, pids)))
+
+
 def test_a_part_that_crashes_takes_nothing_along(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     scripts = {
         "crashes": "say(result={'name': 'a'}); print('on its way', flush=True); os.kill(os.getpid(), signal.SIGSEGV)",
@@ -186,10 +198,17 @@ def in_a_process(folder: Path, scripts: dict[str, str]) -> subprocess.Popen[str]
 def test_a_kill_loses_only_the_running_part(tmp_path: Path) -> None:
     """And leaves nothing running beside whoever uses the device next."""
     out = tmp_path / "out"
-    watched = "from benchmarks.gpu_check.part import end_with; end_with(os.getppid())\n"
+    runs = (
+        "from benchmarks.gpu_check import part\n"
+        "def slow(report):\n"
+        "    report.result('b'); print('here', flush=True); time.sleep(600)\n"
+        "part.function_of = lambda _: slow\n"
+        "sys.argv = ['part', 'smoke', '--out', folder, '--seconds', '600']\n"
+        "part.main()"
+    )
     scripts = {
         "done": "say(result={'name': 'a'}); " + PASS,
-        "runs": watched + SLEEPERS + "say(result={'name': 'b'}); print('here', flush=True); time.sleep(600)",
+        "runs": SLEEPERS + runs,
         "waits": PASS,
     }
     process = in_a_process(out, scripts)
@@ -429,7 +448,11 @@ def test_builds_that_succeed_fail_twice_or_hang(tmp_path: Path, monkeypatch: pyt
     assert outcome("") == "passed"
     assert outcome("print('x: error: y'); exit(1)") == "failed: x: error: y; and for the CPU: x: error: y"
     hang = "import os, time; time.sleep(60 * int(os.environ['SCORESDE_EXT_CUDA']))"
-    assert outcome(hang, build.FOR_THE_CPU + 1) == "failed: the build was not done after 1 s; built for the CPU"
+    monkeypatch.setattr(build, "FOR_THE_CPU", 2.0)
+    monkeypatch.setattr(build, "GRACE", 0.0)
+    late = "the build was not done after 1 s"
+    assert outcome(hang, 3) == f"failed: {late}; built for the CPU"
+    assert outcome("import time; time.sleep(60)", 3) == f"failed: {late}; and for the CPU: {late}"
 
 
 def test_without_a_gpu_torch_says_so(tmp_path: Path) -> None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 import re
 import sys
-import tempfile
 
 from ..machine import cores
-from . import groups
+from .groups import GRACE, called
 from .reporting import Failed, Report
 
 COMMAND = (sys.executable, "setup.py", "build_ext", "--inplace")
@@ -29,7 +28,7 @@ def build(report: Report) -> None:
     if error:
         print(f"   no CUDA: {error}\n   building for the CPU", flush=True)
         report.result("build with CUDA", failed=error)
-        second = compiled("0", report.seconds_left)
+        second = compiled("0", report.seconds_left - GRACE - 1)
         raise Failed(f"{error}; {f'and for the CPU: {second}' if second else 'built for the CPU'}")
 
 
@@ -51,11 +50,7 @@ def why_no_cuda(report: Report) -> str:
 def compiled(cuda: str, seconds: float) -> str:
     """Builds in place, on all cores, with CUDA or (``"0"``) without; the first error, empty where there was none."""
     environment = {"SCORESDE_EXT_CUDA": cuda, "MAX_JOBS": str(cores() or 1)}
-    with tempfile.TemporaryFile() as output:
-        ended = groups.run(COMMAND, seconds, output, environment)
-        output.seek(0)
-        said = output.read().decode(errors="replace")
-    print(said, flush=True)
+    ended, said = called(COMMAND, seconds, **environment)
     if ended.late:
         return f"the build was not done after {seconds:.0f} s"
     return first_error(said) if ended.status else ""

@@ -51,7 +51,6 @@ class Check:
         self.since = time.monotonic()
         self.stopping = ""  # why no part may go on
         self.device_before: str | None = None  # that of the results in the folder
-        self.told = 0  # bytes of the running part's output that were printed
         self.found: dict[str, Any] = {
             "device": None, "date": now(), "commit": commit(), "rehearsal": rehearse, "facts": {}, "parts": {},
         }  # fmt: skip
@@ -120,10 +119,13 @@ class Check:
         self.say(f"\n== {name}\n")
         (self.folder / LINES).unlink(missing_ok=True)
         seconds, since = min(self.budgets[name], self.seconds_left), time.monotonic()
-        tag, self.told = f"{os.getpid()}.{time.monotonic_ns()}", 0
-        with (self.folder / RUNNING_LOG).open("wb") as output:
-            ended = groups.run(self.command(name, seconds), seconds, output, tag=tag, enough=self.echo)
-        self.echo()
+        tag, log = f"{os.getpid()}.{time.monotonic_ns()}", self.folder / RUNNING_LOG
+        echo = groups.Echo(log)
+        with log.open("wb") as output:
+            ended = groups.run(
+                self.command(name, seconds), seconds, output, tag=tag, enough=lambda: echo() or self.stopping
+            )
+        echo()
         lines, took = reporting.read(self.folder), time.monotonic() - since
         outcome = self.outcome(name, ended, seconds, lines)
         self.say(f"   {outcome} ({took:.1f} s)\n")
@@ -148,22 +150,12 @@ class Check:
         """Whether there is an extension to go on with, be it without CUDA."""
         with open(os.devnull, "wb") as output:
             command = [sys.executable, "-c", "import scoresde_ext"]
-            return groups.run(command, 30, output, enough=lambda: bool(self.stopping)).status == 0
+            return groups.run(command, 30, output, enough=lambda: self.stopping).status == 0
 
     # ---- what is printed and written ----
 
     def say(self, text: str) -> None:
         print(text, end="" if text.endswith("\n") else "\n", flush=True)
-
-    def echo(self) -> bool:
-        """Prints what the running part has printed; whether that was enough of it."""
-        with (self.folder / RUNNING_LOG).open("rb") as file:
-            file.seek(self.told)
-            new = file.read()
-        self.told += len(new)
-        if new:
-            self.say(new.decode(errors="replace"))
-        return bool(self.stopping)
 
     def note(self, name: str, outcome: str, took: float, lines: list[dict[str, Any]]) -> None:
         """Takes a part into the results, and writes JSON and log."""

@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -30,9 +31,9 @@ def run(
     environment: Mapping[str, str] | None = None,
     tag: str | None = None,
     interrupt: signal.Signals = signal.SIGTERM,
-    enough: Callable[[], bool] = lambda: False,
+    enough: Callable[[], object] = lambda: False,
 ) -> Ended:
-    """Runs a command in the checkout, its output in a file. After ``seconds``, or when ``enough()`` says so, its group
+    """Runs a command in the checkout, its output in a file. After ``seconds``, or when ``enough()`` is true, its group
     gets ``interrupt``, and SIGKILL if it is still there a moment later. What it leaves behind is killed in any case:
     its group, and with a ``tag`` also what has left the group."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
@@ -57,7 +58,33 @@ def run(
     return Ended(-signal.SIGKILL if process.returncode is None else process.returncode, late)
 
 
-def _ends(process: subprocess.Popen[bytes], seconds: float, enough: Callable[[], bool] = lambda: False) -> bool:
+class Echo:
+    """Prints what comes into a file, each time it is called."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.told = path, 0
+
+    def __call__(self) -> None:
+        with self.path.open("rb") as file:
+            file.seek(self.told)
+            new = file.read()
+        self.told += len(new)
+        print(new.decode(errors="replace"), end="", flush=True)
+
+
+def called(
+    command: Sequence[str], seconds: float, interrupt: signal.Signals = signal.SIGTERM, **environment: str
+) -> tuple[Ended, str]:
+    """Runs a command for so long, and prints what it prints as it comes; how it ended, and all that it printed."""
+    with tempfile.NamedTemporaryFile() as output:
+        echo = Echo(Path(output.name))
+        ended = run(command, seconds, output, environment, interrupt=interrupt, enough=echo)
+        echo()
+        output.seek(0)
+        return ended, output.read().decode(errors="replace")
+
+
+def _ends(process: subprocess.Popen[bytes], seconds: float, enough: Callable[[], object] = lambda: False) -> bool:
     end = time.monotonic() + seconds
     while process.poll() is None:
         if enough() or time.monotonic() >= end:

@@ -9,27 +9,14 @@ import signal
 import sys
 import tempfile
 import xml.etree.ElementTree as xml
-from collections.abc import Sequence
 from pathlib import Path
 
 from . import groups
 from .facts import tool
-from .groups import ROOT
+from .groups import ROOT, called
 from .reporting import JUNIT, Failed, Report, Skipped, replace
 
 TESTS = ROOT / "tests"
-
-
-def called(
-    command: Sequence[str], seconds: float, interrupt: signal.Signals = signal.SIGTERM, **environment: str
-) -> tuple[groups.Ended, str]:
-    """Runs a command for so long; how it ended and what it printed."""
-    with tempfile.TemporaryFile() as output:
-        ended = groups.run(command, seconds, output, environment, interrupt=interrupt)
-        output.seek(0)
-        said = output.read().decode(errors="replace")
-    print(said, flush=True)
-    return ended, said
 
 
 # ---- tests ----
