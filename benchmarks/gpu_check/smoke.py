@@ -183,7 +183,9 @@ def graphs_that_outlive_others(report: Report) -> None:
                 gc.collect()
                 write_over_free_memory(report)
                 found = loops[0].solve(net, states[1 - destroyed])
-                if found.graph.mode != mode or not torch.equal(found.y, right[1 - destroyed]):
+                if found.graph.mode != mode:
+                    raise Failed(f"the loop ran as {found.graph.mode!r}: {found.graph.why}")
+                if not torch.equal(found.y, right[1 - destroyed]):
                     raise Failed(f"{'the second' if destroyed == 0 else 'the first'} of two loops gave other bits")
             report.result(f"a loop runs after another was destroyed, {mode}", same_bits=True)
 
