@@ -7,7 +7,7 @@ import importlib.util
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -253,20 +253,20 @@ class Given(nn.Module):
         return self.out
 
 
-class Step:
-    """A step of ours and score_sde_pytorch's formulas for it. The latter are functions of tensors alone, for
-    ``torch.compile``; both have a gradient to take where ``trains``."""
+class Step(NamedTuple):
+    """A step of ours, and score_sde_pytorch's ``formulas`` for it: a function of ``tensors`` alone, which
+    ``torch.compile`` can take. ``leaf``: what a loss is differentiated by, None for other steps."""
 
-    def __init__(
-        self, ours: Call, formulas: Callable[..., Any], tensors: tuple[Tensor, ...], net: Given | None
-    ) -> None:
-        self.ours, self.formulas, self.tensors, self.net = ours, formulas, tensors, net
+    ours: Call
+    formulas: Callable[..., Any]
+    tensors: tuple[Tensor, ...]
+    leaf: Tensor | None = None
 
     def theirs(self, formulas: Callable[..., Any]) -> Call:
-        if self.net is None:
+        """The same by these formulas, compiled or not."""
+        if self.leaf is None:
             return lambda: formulas(*self.tensors)
-        out = self.net.out
-        return lambda: torch.autograd.grad(formulas(*self.tensors), out)
+        return lambda: torch.autograd.grad(formulas(*self.tensors), self.leaf)
 
 
 def steps_of(shape: tuple[int, ...], device: str) -> dict[str, Step]:
@@ -290,9 +290,9 @@ def steps_of(shape: tuple[int, ...], device: str) -> dict[str, Step]:
         return baselines.langevin(ve_formulas, lambda *_: out, x, t, torch.randn_like(x))
 
     return {
-        "loss": Step(lambda: torch.autograd.grad(loss_fn(net, x), net.out), loss, (x, net.out), net),
-        "predictor": Step(no_grad(predictor.update_fn, x, t), euler_maruyama, (x, out, t), None),
-        "Langevin": Step(no_grad(corrector.update_fn, x, t), langevin, (x, out, t), None),
+        "loss": Step(lambda: torch.autograd.grad(loss_fn(net, x), net.out), loss, (x, net.out), net.out),
+        "predictor": Step(no_grad(predictor.update_fn, x, t), euler_maruyama, (x, out, t)),
+        "Langevin": Step(no_grad(corrector.update_fn, x, t), langevin, (x, out, t)),
     }
 
 

@@ -27,7 +27,7 @@ def marked_tests(report: Report) -> None:
     time is over, and writes down what it has seen."""
     if importlib.util.find_spec("pytest") is None:
         raise Skipped("pytest is not installed")
-    files = [path for path in sorted(TESTS.glob("test_*.py")) if "mark.gpu" in path.read_text("utf-8")]
+    files = marked_files()
     suites = xml.Element("testsuites")
     for i, path in enumerate(files):
         left = report.seconds_left - groups.GRACE - 1
@@ -40,6 +40,10 @@ def marked_tests(report: Report) -> None:
     if report.rehearse:
         report.conclude()
         raise Skipped("the tests marked gpu skip themselves on a CPU")
+
+
+def marked_files() -> list[Path]:
+    return [path for path in sorted(TESTS.glob("test_*.py")) if "pytest.mark.gpu" in path.read_text("utf-8")]
 
 
 def test_file(report: Report, path: Path, seconds: float, suites: xml.Element) -> None:
