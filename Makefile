@@ -30,7 +30,7 @@ benchmark: $(EXTENSION) ## measure, and write README's numbers: 40 minutes on tw
 	$(RUN) -m benchmarks.demo $(ARGS)
 	$(RUN) -m benchmarks.readme $(ARGS)
 
-gpu-check: ## on a GPU: build, test, sanitize and measure, with the Python that has a CUDA torch (ARGS=--rehearse: on a CPU)
+gpu-check: ## on a GPU: build, test, sanitize and measure in ten minutes, with the Python that has a CUDA torch (ARGS=--rehearse: on a CPU)
 	$(PYTHON) -m benchmarks.gpu_check $(ARGS)
 
 lint: $(DEPENDENCIES) ## check style and types: ruff, clang-format, mypy

@@ -10,14 +10,11 @@ from multiprocessing import get_context
 
 import torch
 
+from .machine import cores
+
 # glibc would give freed arrays back to the system and fault them in again at the next step, which can cost more than
 # the step.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
-
-
-def cores() -> int | None:
-    """Those this process may run on; None where the system does not say."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 @contextmanager

@@ -8,13 +8,12 @@ import json
 import platform
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .processes import cores
+from .machine import cores, processor, version
 
 RESULTS = Path(__file__).parent / "results"
 REHEARSAL = Path("out", "benchmark")  # where what --quick found is kept out of the way
@@ -37,32 +36,14 @@ def environment() -> dict[str, Any]:
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": {
-            "processor": _processor(),
+            "processor": processor(),
             "cores": cores(),
             "system": f"{platform.system()} {platform.machine()}",
             "instruction_set": torch.backends.cpu.get_cpu_capability(),
         },
         "threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
     }
-
-
-def _version(package: str) -> str | None:
-    """None where it is not installed."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _processor() -> str:
-    """The processor's name: the platform module knows it on few systems."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or "unknown"
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

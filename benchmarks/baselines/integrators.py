@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from scipy.integrate import solve_ivp
 from torch import Tensor
 
 Derivative = Callable[[Tensor, Tensor], Tensor]
@@ -18,6 +17,7 @@ Span = tuple[float, float]
 def scipy_rk45(f: Derivative, span: Span, z: Tensor, rtol: float, atol: float, method: str = "RK45") -> Tensor:
     """As score_sde_pytorch samples: the batch is one long float64 vector in numpy, and becomes a tensor in each
     evaluation."""
+    from scipy.integrate import solve_ivp  # imported where it is used: a machine with a GPU may lack it
 
     def derivative(t: float, flat: np.ndarray) -> np.ndarray:
         x = torch.from_numpy(flat.reshape(z.shape)).to(z.device, z.dtype)
@@ -33,7 +33,7 @@ def scipy_rk45(f: Derivative, span: Span, z: Tensor, rtol: float, atol: float, m
 def torchdiffeq_dopri5(f: Derivative, span: Span, z: Tensor, rtol: float, atol: float) -> Tensor:
     """One step size for the batch. ``step_t`` makes the last step end at the end: by default torchdiffeq steps past
     it, where std(t) is not a number, and interpolates."""
-    import torchdiffeq  # imported where it is used: a machine with a GPU may lack it
+    import torchdiffeq  # as above
 
     times = torch.tensor(span, dtype=torch.float64, device=z.device)
 

@@ -7,7 +7,6 @@ import math
 
 import numpy as np
 import torch
-from scipy.integrate import solve_ivp
 from torch import Tensor
 
 from .formulas import VE, Formulas, Network, flow_drift
@@ -18,6 +17,7 @@ def likelihood(
 ) -> tuple[Tensor, Tensor, int]:
     """``(bits a dimension, latent code, evaluations)`` of data scaled to [-1, 1], by the divergence along ``epsilon``
     ``(B, *)``."""
+    from scipy.integrate import solve_ivp  # imported where it is used: a machine with a GPU may lack it
 
     def drift(x: Tensor, t: Tensor) -> Tensor:
         return flow_drift(sde, sde.score(network, x, t), x, t)
