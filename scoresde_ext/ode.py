@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import graphs, integrate, noise, ops
+from . import graphs, integrate, noise, ops, precision
 from .callers import say_no_gradient, untraced, warn
 from .checks import (
     bad_rows,
@@ -29,7 +29,7 @@ from .checks import (
     whole,
 )
 from .flow import ProbabilityFlow
-from .foreign import fingerprint, recognised
+from .foreign import recognised
 from .integrate import Finished, Solution, SolverError, Status, Stream, time_vector
 from .integrate.results import NOISY, describe
 from .integrate.run import column
@@ -193,7 +193,7 @@ class OdeSampler:
         flow, span = ProbabilityFlow(self.sde, score_fn), (self.sde.T, self.eps)
         cause: BaseException | None = None
         try:
-            plan = graphs.plan(self.options["graph"], self.cache, model, z.device, lambda: fingerprint(self.sde))
+            plan = graphs.plan(self.options["graph"], self.cache, model, z.device, self.sde)
             solution = solve_ode(flow, span, (z,), self.method, **(self.options | {"graph": plan}))
         except SolverError as error:
             if error.solution is None:  # scipy's
@@ -270,10 +270,10 @@ def precision_floor(flow: ProbabilityFlow, device: torch.device, dtype_of_state:
 
 def _uses_tf32(network: Any) -> bool:
     """Whether float32 products on a GPU are rounded to TF32: matrix products on request, convolutions by default."""
-    if torch.get_float32_matmul_precision() != "highest":
+    if precision.of_matrix_products() == "tf32":
         return True
     modules = (m for module in getattr(network, "modules", ()) for m in module.modules())
-    return torch.backends.cudnn.allow_tf32 and any(isinstance(m, torch.nn.modules.conv._ConvNd) for m in modules)
+    return precision.of_convolutions() == "tf32" and any(isinstance(m, torch.nn.modules.conv._ConvNd) for m in modules)
 
 
 def solve_ode(
