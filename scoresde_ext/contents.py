@@ -36,6 +36,7 @@ MOST = 200_000  # values looked at: ten times those of a large network
 LARGE = 2**20  # bytes of a numpy array that are compared
 
 Pairs = Iterable[tuple[Any, Any]]
+Opener = Callable[["_Walk", Any, Any], None]
 
 
 class NotComparable(Exception):
@@ -121,7 +122,7 @@ class _Walk:
         self.tensors: list[Tensor] = []
         self.met: dict[int, int] = {}
         self.todo: list[tuple[Any, Any]] = []
-        self.openers: dict[type, Callable[[Any, Any], None]] = {}
+        self.openers: dict[type, Opener] = {}
         self.modules = 0
         # Of a class, or a module of the user's, members that the code names; the others wait until it does.
         self.names = {"forward", *names}
@@ -135,7 +136,7 @@ class _Walk:
             if len(self.parts) > 3 * MOST:
                 raise NotComparable(f"it reaches more than {MOST} values")
             kind = type(value)
-            (openers.get(kind) or self._opener(kind, name))(name, value)
+            (openers.get(kind) or self._opener(kind, name))(self, name, value)
 
     def follow(self, pairs: Pairs) -> None:
         parts, met, todo = self.parts, self.met, self.todo
@@ -147,8 +148,8 @@ class _Walk:
                 parts += name, kind, None
             elif kind is float:
                 parts += name, kind, value if value and value == value else repr(value)  # 0.0 == -0.0, nan != nan
-            elif (kind is tuple or kind is list) and _VALUES.issuperset(kinds := [*map(type, value)]):
-                parts += name, kinds, tuple(value)
+            elif (kind is tuple or kind is list) and len(value) < MOST and _VALUES.issuperset(map(type, value)):
+                parts += name, (kind, *map(type, value)), tuple(value)
             elif id(value) in met:
                 parts += name, kind, met[id(value)]
             else:
@@ -156,10 +157,10 @@ class _Walk:
                 met[id(value)] = len(met)
                 todo.append((name, value))
 
-    def _opener(self, kind: type, name: Any) -> Callable[[Any, Any], None]:
+    def _opener(self, kind: type, name: Any) -> Opener:
         """What opens values of this type."""
-        if f"{kind.__module__}.".startswith(_INERT) and not issubclass(kind, nn.Module):
-            return self._constant
+        if kind is object or (f"{kind.__module__}.".startswith(_INERT) and not issubclass(kind, nn.Module)):
+            return _Walk._constant
         opener = next((opener for kinds, opener in _OPENERS if issubclass(kind, kinds)), None)
         if opener is None:
             if _hides_state(kind):
@@ -168,8 +169,8 @@ class _Walk:
                 )
             opener = _Walk._object
         self._offer_classes(kind)
-        self.openers[kind] = opener.__get__(self)
-        return self.openers[kind]
+        self.openers[kind] = opener
+        return opener
 
     # ---- kinds of values ----
 
@@ -269,7 +270,8 @@ class _Walk:
 
     def _builtin(self, name: Any, value: Any) -> None:
         owner = value.__self__
-        if isinstance(owner, (types.ModuleType, type, type(None))) or type(owner).__name__ == "PyCapsule":
+        bound = type(owner).__name__.startswith(("PyCapsule", "pybind11_"))  # functions of pybind11
+        if bound or isinstance(owner, (types.ModuleType, type, type(None))):
             self.parts.append(value)
         else:
             self.follow((("self", owner), ("name", value.__name__)))
@@ -328,7 +330,7 @@ class _Walk:
             self.follow([(name, value) for value in self.waiting.pop(name)])
 
 
-_OPENERS: tuple[tuple[type | tuple[type, ...], Callable[[_Walk, Any, Any], None]], ...] = (
+_OPENERS: tuple[tuple[type | tuple[type, ...], Opener], ...] = (
     (torch._C.TensorBase, _Walk._tensor),
     (types.FunctionType, _Walk._function),
     (types.MethodType, _Walk._method),
@@ -374,18 +376,23 @@ def _installed_file(file: str) -> bool:
     )
 
 
-def _installed_module(module: types.ModuleType | None) -> bool:
-    if module is None or module.__name__ == "__main__":  # a class made by a program that ran as text
-        return False
+def _installed_module(module: types.ModuleType) -> bool:
     file = getattr(module, "__file__", None)
-    return not hasattr(module, "__path__") if file is None else _installed_file(file)
+    if file is not None:
+        return _installed_file(file)
+    package = module.__name__.partition(".")[0]
+    return package in sys.builtin_module_names or (package != module.__name__ and _installed_name(package))
+
+
+def _installed_name(name: str) -> bool:
+    return name in sys.modules and _installed_module(sys.modules[name])
 
 
 def _installed_class(cls: type) -> bool:
     name, forward = vars(cls).get("__module__"), vars(cls).get("forward")
     if type(forward) is types.FunctionType:  # generated, or replaced by the user
         return _installed_file(forward.__code__.co_filename)
-    return not isinstance(name, str) or name == "builtins" or _installed_module(sys.modules.get(name))
+    return not isinstance(name, str) or name == "builtins" or _installed_name(name)
 
 
 @functools.lru_cache(maxsize=10_000)
