@@ -103,7 +103,7 @@ class Backend(Protocol):
     def watch(self) -> Watch: ...
 
 
-# Asked for by name: torch 2.4 to 2.7 have no such graphs.
+# Where older versions of torch have no such graphs, there is none to put into a loop.
 _KEEPS_GRAPHS = hasattr(torch.cuda.CUDAGraph, "raw_cuda_graph")
 
 
@@ -187,19 +187,19 @@ def _captured_on(stream: torch.cuda.Stream, work: Callable[[], Any]) -> torch.cu
             except Exception as error:
                 raised.append(error)
                 raise
-    except Exception as error:  # the end of a capture that has failed raises again
-        raise (raised[0] if raised else error) from None
-    if _KEEPS_GRAPHS:
-        graph.instantiate()
-    return graph
+        if _KEEPS_GRAPHS:
+            graph.instantiate()
+        return graph
+    except Exception as error:
+        raised.append(error)  # of a capture that has failed, the end raises, too
+    raise raised[0]
 
 
 @contextmanager
 def _no_workspaces() -> Iterator[None]:
-    """cuBLAS works in memory that torch keeps for each stream. With none kept when a capture begins, the captured
-    products work in the graph's own memory; with none kept when it has ended, nothing else works there. Otherwise they
-    might use what torch later frees: from about torch 2.12 on with the first graph of that stream that goes. Before,
-    it is never freed."""
+    """cuBLAS works in memory that torch keeps for each stream: for good, or, in versions after 2.11, until any graph
+    that was captured on the stream is gone. Without such memory when a capture begins, its products work in memory of
+    the graph's own; without any when it has ended, nobody else works there. That is right in all versions."""
     clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)
     clear()
     try:
@@ -281,6 +281,10 @@ class Uncapturable(Exception):
     """Why a step cannot be captured."""
 
 
+class Changes(Uncapturable):
+    """It is another one each time."""
+
+
 def _as_bytes(state: Any) -> bytes:
     return pickle.dumps(state.numpy() if isinstance(state, Tensor) else state)
 
@@ -331,7 +335,7 @@ class Captured:
         """From the state as it is: first what a network does once (it may choose algorithms, and wait), then, guarded,
         what it does each time."""
         start = [t.clone() for t in self.memory]
-        generators = _HOST_GENERATORS | {"torch": (self.backend.random_state, self.backend.set_random_state)}
+        generators = _HOST_GENERATORS | {"the device": (self.backend.random_state, self.backend.set_random_state)}
         states = {name: state() for name, (state, _) in generators.items()}
         drawn = []
         try:
@@ -346,7 +350,7 @@ class Captured:
                     drawn.append(name)
                     put_back(states[name])
         if drawn:
-            raise Uncapturable(f"it draws random numbers from {drawn[-1]}'s generator, which a graph would repeat")
+            raise Uncapturable(f"it draws random numbers from the generator of {drawn[0]}, which a graph would repeat")
 
     def _capture(self) -> Graph:
         try:
@@ -399,6 +403,7 @@ class Cache:
         self.kept: OrderedDict[Hashable, Captured] = OrderedDict()
         self.refused: OrderedDict[Hashable, Uncapturable] = OrderedDict()
         self.unused = 0  # captures since one was used again
+        self.vain = ""  # why there would be more of them
         self.latest: Hashable = None  # the key of the latest call
         self.said: set[str] = set()
 
@@ -417,12 +422,14 @@ class Cache:
         return self.kept[key]
 
     def keep(self, key: Hashable, captured: Captured) -> None:
-        self.unused += 1
+        self.unused, self.vain = self.unused + 1, IN_VAIN
         _keep_latest(self.kept, key, captured, self.most)
 
     def refuse(self, key: Hashable, why: Uncapturable) -> None:
-        """What cannot be captured is not tried again. In vain, where it differs from call to call."""
-        self.unused += 1
+        """What cannot be captured is not tried again."""
+        if isinstance(why, Changes):  # its key would not be found
+            self.unused, self.vain = self.most, f"at an earlier call, the network could not be captured: {why}"
+            self.said.add(self.vain)
         _keep_latest(self.refused, key, why, self.most)
 
     def in_vain(self, key: Hashable) -> bool:
@@ -480,10 +487,10 @@ def _settings(device: torch.device) -> list[Any]:
 
 
 def _check_same(before: Any, after: Any) -> None:
-    """Uncapturable for a network that changes what it consists of, other than by writing to tensors."""
+    """An error for a network that changes what it consists of, other than by writing to tensors."""
     if before != after:
         changed = next(a.difference(b) for a, b in zip(before, after, strict=True) if a != b)
-        raise Uncapturable(f"it changes {changed} each time it is called, which a graph would not repeat")
+        raise Changes(f"it changes {changed} each time it is called, which a graph would not repeat")
 
 
 # ---- running ----
@@ -531,7 +538,7 @@ class Plan:
         self.choice = self._choose(backend, steps is not None)
         captured = None if self.choice.mode == "off" else self._captured(loop, backend, kind)
         if captured is not None and self.choice.mode == "while" and (why := captured.loop_refused()):
-            self._say(f"graph: 'while' is replaced by 'replay', for {why}.")
+            self._say(why, f"graph: 'while' is replaced by 'replay', for {why}.")
             self.choice = Choice("replay", why)
         if captured is None:
             launch: Callable[[], None] = loop.step
@@ -562,7 +569,7 @@ class Plan:
         missing = backend.loops_missing()
         if missing:
             if self.asked == "while":
-                self._say(f"graph: 'while' is replaced by 'replay', for {missing}.")
+                self._say(missing, f"graph: 'while' is replaced by 'replay', for {missing}.")
             return Choice("replay", missing)
         if self.asked == "replay":
             return Choice("replay", "asked for")
@@ -577,7 +584,7 @@ class Plan:
             if captured := cache.find(key):
                 return captured
             if self.asked == "auto" and (self.given_up or cache.in_vain(key)):
-                self.given_up, why = True, IN_VAIN
+                self.given_up, why = True, cache.vain
             else:
                 captured = Captured(loop, backend, self.mark)
                 self.key = captured.key
@@ -588,14 +595,14 @@ class Plan:
             if cache is not None and not self.unknown:
                 cache.refuse(key, error)
         self.choice = Choice("off", why)
-        self._say(f"graph: the loop runs step by step, for {why}.")
+        self._say(why, f"graph: the loop runs step by step, for {why}.")
         return None
 
-    def _say(self, message: str) -> None:
+    def _say(self, why: str, message: str) -> None:
         """Once a sampler."""
         said = set() if self.cache is None else self.cache.said
-        if message not in said:
-            said.add(message)
+        if why not in said:
+            said.add(why)
             warn(message)
 
 

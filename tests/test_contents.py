@@ -9,7 +9,7 @@ import sys
 import types
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -299,7 +299,7 @@ def test_names_that_are_not_known_before() -> None:
     """Code that calls getattr may use any member of its classes."""
 
     class Chooses(nn.Module):
-        strength = [1.0]
+        strength: ClassVar = [1.0]
 
         def forward(self, x: Tensor, labels: Tensor) -> Tensor:
             return getattr(self, "of_" + "a")(x)
