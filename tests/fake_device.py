@@ -7,8 +7,8 @@ whole; :class:`FakeCuda` for ``torch.cuda`` below :class:`scoresde_ext.graphs.Cu
 import ctypes
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import pytest
@@ -184,6 +184,17 @@ class Stream:
         pass
 
 
+class StreamContext:
+    def __init__(self, cuda: "FakeCuda", stream: Stream) -> None:
+        self.cuda, self.stream = cuda, stream
+
+    def __enter__(self) -> None:
+        self.before, self.cuda.current = self.cuda.current, self.stream
+
+    def __exit__(self, *_: object) -> None:
+        self.cuda.current = self.before
+
+
 class Workspace:
     """Memory that products on a stream work in, until it is freed."""
 
@@ -219,7 +230,7 @@ class FakeCuda:
             "CUDAGraph": type("CUDAGraph", (FakeGraph,), {"cuda": self}),
             "current_stream": lambda device=None: self.current,
             "set_stream": self.set_stream,
-            "stream": self.stream,
+            "stream": lambda stream: StreamContext(self, stream),
             "device": nullcontext,
             "synchronize": lambda device=None: None,
             "empty_cache": lambda: None,
@@ -240,14 +251,6 @@ class FakeCuda:
 
     def set_stream(self, stream: Stream) -> None:
         self.current = stream
-
-    @contextmanager
-    def stream(self, stream: Stream) -> Iterator[None]:
-        before, self.current = self.current, stream
-        try:
-            yield
-        finally:
-            self.current = before
 
     def set_sync_debug_mode(self, mode: str) -> None:
         if self.waiting_allowed is not None:
