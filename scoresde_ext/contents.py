@@ -114,8 +114,8 @@ _CONSTRUCTION = frozenset(
 )
 _BY_NAME = frozenset({"getattr", "__getattribute__", "attrgetter", "methodcaller"})
 _ANYTHING = frozenset({"globals", "eval", "exec"})
-# Empty in most modules: looked at together.
-_HOOKS = dict.fromkeys(name for name, value in vars(nn.Module()).items() if "hook" in name or "buffers" in name)
+# Of every module: left out where empty.
+_MOSTLY_EMPTY = frozenset(name for name, value in vars(nn.Module()).items() if type(value) in _EMPTY)
 # What a class derived from a number or text adds to its value are attributes.
 _BASES: tuple[tuple[Any, Callable[[Any], Any]], ...] = (
     *((int, int.__pos__), (float, float.__pos__), (complex, complex.__pos__)),
@@ -156,7 +156,11 @@ class _Walk:
             if kind in _VALUES:
                 parts += name, kind, value
             elif kind in _EMPTY and not value:
-                parts += name, kind, None
+                if name not in _MOSTLY_EMPTY:
+                    parts += name, kind, None
+            elif kind is nn.Parameter and not value.__dict__:
+                self.tensors.append(value)
+                parts += name, kind, self._memory(name, value)
             elif kind is float:
                 parts += name, kind, value if value and value == value else repr(value)  # 0.0 == -0.0, nan != nan
             elif (kind is tuple or kind is list) and len(value) < MOST and _VALUES.issuperset(map(type, value)):
@@ -198,10 +202,7 @@ class _Walk:
 
     def _module(self, name: Any, value: Any) -> None:
         self.modules += 1
-        held = value.__dict__
-        if not any(map(held.get, _HOOKS)):
-            held = {n: v for n, v in held.items() if n not in _HOOKS}
-        self.follow(held.items())
+        self.follow(value.__dict__.items())
 
     def _tensor(self, name: Any, value: Tensor) -> None:
         self.tensors.append(value)
@@ -236,7 +237,7 @@ class _Walk:
 
     def _mapping(self, name: Any, value: Mapping[Any, Any]) -> None:
         self._check_length(name, value)
-        if all(type(key) is str for key in value):
+        if {*map(type, value)} <= {str}:
             self.follow(value.items())
         else:
             self.follow(("key", key) for key in value)
@@ -427,7 +428,8 @@ def _import_names(code: types.CodeType) -> tuple[tuple[int, str], ...]:
     for i in dis.get_instructions(code):
         if i.opname == "IMPORT_NAME":
             found.append((before[-2], i.argval))
-        before.append(i.argval)
+        if i.opname != "EXTENDED_ARG":
+            before.append(i.argval)
     for inner in code.co_consts:
         if isinstance(inner, types.CodeType):
             found += _import_names(inner)
