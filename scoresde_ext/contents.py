@@ -11,6 +11,7 @@ loggers, locks and what :data:`_INERT` names besides.
 
 from __future__ import annotations
 
+import contextlib
 import dis
 import enum
 import functools
@@ -19,6 +20,7 @@ import importlib.util
 import os
 import sys
 import sysconfig
+import threading
 import types
 import weakref
 from collections import OrderedDict, deque
@@ -88,21 +90,11 @@ _EMPTY = frozenset({dict, OrderedDict, list, tuple, set, frozenset, deque})
 _CONSTANTS: tuple[type, ...] = (
     *(types.MethodDescriptorType, types.WrapperDescriptorType, types.ClassMethodDescriptorType),
     *(types.GetSetDescriptorType, types.MemberDescriptorType, np.dtype, np.ufunc, enum.Enum),
+    *(type(threading.Lock()), type(threading.RLock())),
 )
 # Modules whose objects decide nothing about numbers, or follow from what is looked at elsewhere: compiled code.
 _INERT = (
-    *(
-        "logging.",
-        "threading.",
-        "_thread.",
-        "_abc.",
-        "re.",
-        "typing.",
-        "pathlib.",
-        "triton.",
-        "torch.cuda.",
-        "torch.fx.",
-    ),
+    *("logging.", "_abc.", "re.", "typing.", "pathlib.", "triton.", "torch.cuda.", "torch.fx."),
     *("torch._dynamo.", "torch._inductor.", "torch._functorch.", "torch._ops.", "torch._library."),
 )
 # What is called without its name in any code, but not by a network that runs.
@@ -114,6 +106,7 @@ _CONSTRUCTION = frozenset(
 )
 _BY_NAME = frozenset({"getattr", "__getattribute__", "attrgetter", "methodcaller"})
 _ANYTHING = frozenset({"globals", "eval", "exec"})
+_BEGIN = None  # of what one value holds, in a key
 # Of every module: left out where empty.
 _MOSTLY_EMPTY = frozenset(name for name, value in vars(nn.Module()).items() if type(value) in _EMPTY)
 # What a class derived from a number or text adds to its value are attributes.
@@ -147,10 +140,12 @@ class _Walk:
             if len(self.parts) > 3 * MOST:
                 raise NotComparable(f"it reaches more than {MOST} values")
             kind = type(value)
+            self.parts.append(name)
             (openers.get(kind) or self._opener(kind, name))(self, name, value)
 
     def follow(self, pairs: Pairs) -> None:
         parts, met, todo = self.parts, self.met, self.todo
+        parts.append(_BEGIN)
         for name, value in pairs:
             kind = type(value)
             if kind in _VALUES:
@@ -272,8 +267,10 @@ class _Walk:
         self.follow((value.__kwdefaults__ or {}).items())
         self.follow(value.__dict__.items())
         if not _installed_file(code.co_filename):
-            own = value.__globals__
-            self.follow((n, own[n]) for n, _ in global_names(code) if n in own)
+            own, names = value.__globals__, [n for n, _ in global_names(code)]
+            if builtin := _ANYTHING.intersection(names).difference(own):
+                raise NotComparable(f"{code.co_name} calls {min(builtin)}(), which reaches anything")
+            self.follow((n, own[n]) for n in names if n in own)
             self.follow(_imports(code, own.get("__package__") or ""))
             self._mention(code)
 
@@ -289,7 +286,7 @@ class _Walk:
             self.follow((("self", owner), ("name", value.__name__)))
 
     def _descriptor(self, name: Any, value: Any) -> None:
-        self.follow((n, getattr(value, n)) for n in ("fget", "fset", "__func__") if hasattr(value, n))
+        self.follow((n, getattr(value, n)) for n in ("fget", "__func__") if hasattr(value, n))
 
     def _partial(self, name: Any, value: Any) -> None:
         self.follow((("function", value.func), ("arguments", value.args), ("keywords", value.keywords)))
@@ -331,8 +328,6 @@ class _Walk:
 
     def _mention(self, code: types.CodeType) -> None:
         new = _mentions(code) - self.names
-        if new & _ANYTHING:
-            raise NotComparable(f"{code.co_name} calls {min(new & _ANYTHING)}(), which reaches anything")
         self.names |= new
         found = new & self.waiting.keys()
         if new & _BY_NAME:
@@ -401,10 +396,10 @@ def _installed_name(name: str) -> bool:
 
 
 def _installed_class(cls: type) -> bool:
-    name, forward = vars(cls).get("__module__"), vars(cls).get("forward")
-    if type(forward) is types.FunctionType:  # generated, or replaced by the user
-        return _installed_file(forward.__code__.co_filename)
-    return not isinstance(name, str) or name == "builtins" or _installed_name(name)
+    forward, module = vars(cls).get("forward"), vars(cls).get("__module__")
+    if type(forward) is types.FunctionType and not _installed_file(forward.__code__.co_filename):
+        return False  # also one that was generated, or put into a class of a package
+    return not isinstance(module, str) or module == "builtins" or _installed_name(module)
 
 
 @functools.lru_cache(maxsize=10_000)
@@ -416,7 +411,10 @@ def _mentions(code: types.CodeType) -> frozenset[str]:
 
 def _imports(code: types.CodeType, package: str) -> list[tuple[str, Any]]:
     """The modules that code imports itself."""
-    names = [importlib.util.resolve_name("." * level + name, package) for level, name in _import_names(code)]
+    names = []
+    for level, name in _import_names(code):
+        with contextlib.suppress(ImportError):  # which the code raises itself
+            names.append(importlib.util.resolve_name("." * level + name, package))
     return [(name, sys.modules[name]) for name in names if name in sys.modules]
 
 
