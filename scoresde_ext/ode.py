@@ -89,9 +89,8 @@ def get_ode_sampler(
             stream ``ids[b]``. The prior is then the same in every call; ``draw=k`` gives call k one of its own.
         progress: a progress bar on a terminal.
         graph: on a GPU, how the loop over the steps is run, as in :func:`integrate.solve`; but ``auto`` captures a step
-            where the network is a module or a function around modules, and keeps it for the next call. A captured
-            network is run as it was at its capture: what it reads besides parameters, buffers and plain attributes, and
-            what a function holds, must not change.
+            where the network is a module or a function around modules, and keeps it for the next call. It is used as
+            long as all that the network reaches is what it was; what is written into its tensors is read.
 
     ``z`` is the state at T, ``(B, *)``, float32 or float64 and kept so; None draws it from the prior. No gradient is
     recorded; a warning says so where ``z`` wants one.
