@@ -72,9 +72,14 @@ def contents(*roots: Any, device: torch.device | None = None, names: Iterable[st
         NotComparable: they reach what nobody can compare, or more than :data:`MOST` values.
     """
     walk = _Walk(device, names)
-    with torch._C.DisableTorchFunction():  # tensors of classes and modes of the user's
-        walk.follow(enumerate(roots))
-        walk.finish()
+    try:
+        with torch._C.DisableTorchFunction():  # tensors of classes and modes of the user's
+            walk.follow(enumerate(roots))
+            walk.finish()
+    except NotComparable:
+        raise
+    except Exception as error:  # a sampler does not fail for it
+        raise NotComparable(f"it cannot be looked into ({type(error).__name__}: {error})") from error
     return Contents(walk.parts, walk.tensors, walk.modules)
 
 

@@ -301,28 +301,29 @@ class Captured:
     """A step as a graph, with the memory it works on. ``mark()``: what the step depends on, as a key."""
 
     def __init__(self, loop: Loop, backend: Backend, mark: Callable[[], Hashable] = lambda: None) -> None:
-        self.loop, self.backend = loop, backend
+        self.backend = backend
         self.memory = [t.clone() for t in state_of(loop)]
         try:
             with _no_autocast_cache():
-                self._rehearse(False)
+                self._rehearse(loop, False)
                 self.key = mark()  # a network may keep something from its first evaluation on
-                self._rehearse(True)
-                self.graph = self._capture()
+                self._rehearse(loop, True)
+                self.graph = self._capture(loop)
                 _check_same(self.key, mark())
         except NotComparable as error:
             raise Uncapturable(str(error)) from error
         finally:
             set_state(loop, self.memory)
         self.flag: Tensor | None = getattr(loop, "going", None)
-        self.held = dict(vars(loop))  # what the step read besides its state stays where it is
+        # What the step read besides its state stays where it is. A plan would keep all that is captured.
+        self.held = [value for value in vars(loop).values() if not isinstance(value, Plan)]
         self.loop_on_device: Callable[[], None] | None = None
         self.refusal = ""  # of the device, to make one
 
-    def _step_in_place(self) -> None:
-        set_state(self.loop, self.memory)
-        self.loop.step()
-        memory, results = {id(t) for t in self.memory}, state_of(self.loop)
+    def _step_in_place(self, loop: Loop) -> None:
+        set_state(loop, self.memory)
+        loop.step()
+        memory, results = {id(t) for t in self.memory}, state_of(loop)
         # What another part of the state becomes must not have been written to when it is copied.
         results = [
             r.clone() if id(r) in memory and r is not m else r for r, m in zip(results, self.memory, strict=True)
@@ -331,7 +332,7 @@ class Captured:
             if result is not place:
                 place.copy_(result)
 
-    def _rehearse(self, guarded: bool) -> None:
+    def _rehearse(self, loop: Loop, guarded: bool) -> None:
         """From the state as it is: first what a network does once (it may choose algorithms, and wait), then, guarded,
         what it does each time."""
         start = [t.clone() for t in self.memory]
@@ -339,7 +340,7 @@ class Captured:
         states = {name: state() for name, (state, _) in generators.items()}
         drawn = []
         try:
-            self.backend.rehearse(self._step_in_place, guarded)
+            self.backend.rehearse(lambda: self._step_in_place(loop), guarded)
         except Exception as error:
             why = "it waits for the device" if guarded else "it raised an exception"
             raise Uncapturable(f"{why} ({_first_line(error)})") from error
@@ -352,9 +353,9 @@ class Captured:
         if drawn:
             raise Uncapturable(f"it draws random numbers from the generator of {drawn[0]}, which a graph would repeat")
 
-    def _capture(self) -> Graph:
+    def _capture(self, loop: Loop) -> Graph:
         try:
-            return self.backend.capture(self._step_in_place)
+            return self.backend.capture(lambda: self._step_in_place(loop))
         except Exception as error:
             raise Uncapturable(f"its capture failed ({_first_line(error)})") from error
 
@@ -401,7 +402,7 @@ class Cache:
     def __init__(self, most: int = 4) -> None:
         self.most = most
         self.kept: OrderedDict[Hashable, Captured] = OrderedDict()
-        self.refused: OrderedDict[Hashable, Uncapturable] = OrderedDict()
+        self.refused: OrderedDict[Hashable, str] = OrderedDict()  # why
         self.unused = 0  # captures since one was used again
         self.vain = ""  # why there would be more of them
         self.latest: Hashable = None  # the key of the latest call
@@ -414,7 +415,7 @@ class Cache:
     def find(self, key: Hashable) -> Captured | None:
         """What is kept for the key. Uncapturable where it is known that there can be none."""
         if key in self.refused:
-            raise self.refused[key]
+            raise Uncapturable(self.refused[key])
         if key not in self.kept:
             return None
         self.unused = 0
@@ -430,13 +431,13 @@ class Cache:
         if isinstance(why, Changes):  # its key would not be found
             self.unused, self.vain = self.most, f"at an earlier call, the network could not be captured: {why}"
             self.said.add(self.vain)
-        _keep_latest(self.refused, key, why, self.most)
+        _keep_latest(self.refused, key, str(why), self.most)
 
-    def in_vain(self, key: Hashable) -> bool:
+    def in_vain(self, key: Hashable, by_name: bool) -> bool:
         """Whether captures have not been used again, one after the other, and one for this key would not be: it comes
-        for the first time."""
+        for the first time. ``by_name``: a capture is asked for all the same."""
         new, self.latest = key != self.latest, key
-        return new and self.unused >= self.most
+        return new and self.unused >= self.most and not (by_name and self.vain == IN_VAIN)
 
 
 def _keep_latest(kept: OrderedDict[Hashable, Any], key: Hashable, value: Any, most: int) -> None:
@@ -521,7 +522,7 @@ class Plan:
         self.choice = Choice("off", "asked for") if asked == "off" else ON_CPU
         self.key: Hashable = None
         self.unknown = "no sampler keeps it"  # why there is no key
-        self.given_up = False
+        self.found: dict[Hashable, Captured | str] = {}  # at this call
         if cache is not None and mark is not None:
             try:
                 self.key, self.mark, self.unknown = mark(), mark, ""
@@ -576,27 +577,34 @@ class Plan:
         return Choice("while", "asked for" if self.asked == "while" else "the device runs loops by itself")
 
     def _captured(self, loop: Loop, backend: Backend, kind: Hashable) -> Captured | None:
-        cache, shapes = self.cache, tuple((t.shape, t.dtype, t.device) for t in state_of(loop))
+        """The step as a graph: the same for all runs of a call."""
+        part = kind, tuple((t.shape, t.dtype, t.device) for t in state_of(loop))
+        if part not in self.found:
+            self.found[part] = self._find(loop, backend, part)
+        found = self.found[part]
+        if isinstance(found, Captured):
+            return found
+        self.choice = Choice("off", found)
+        self._say(found, f"graph: the loop runs step by step, for {found}.")
+        return None
+
+    def _find(self, loop: Loop, backend: Backend, part: Hashable) -> Captured | str:
+        """It, or why there is none."""
+        cache, key = self.cache, (part, self.key)
         try:
             if cache is None or self.unknown:
                 return Captured(loop, backend)
-            key = (kind, shapes, self.key)
             if captured := cache.find(key):
                 return captured
-            if self.asked == "auto" and (self.given_up or cache.in_vain(key)):
-                self.given_up, why = True, cache.vain
-            else:
-                captured = Captured(loop, backend, self.mark)
-                self.key = captured.key
-                cache.keep((kind, shapes, self.key), captured)
-                return captured
+            if cache.in_vain(key, by_name=self.asked != "auto"):
+                return cache.vain
+            captured = Captured(loop, backend, self.mark)
+            cache.keep((part, captured.key), captured)
+            return captured
         except Uncapturable as error:
-            why = f"the network cannot be captured: {error}"
             if cache is not None and not self.unknown:
                 cache.refuse(key, error)
-        self.choice = Choice("off", why)
-        self._say(why, f"graph: the loop runs step by step, for {why}.")
-        return None
+            return f"the network cannot be captured: {error}"
 
     def _say(self, why: str, message: str) -> None:
         """Once a sampler."""
