@@ -99,7 +99,18 @@ _CONSTANTS: tuple[type, ...] = (
 )
 # Modules whose objects decide nothing about numbers, or follow from what is looked at elsewhere: compiled code.
 _INERT = (
-    *("logging.", "_abc.", "re.", "typing.", "pathlib.", "triton.", "torch.cuda.", "torch.fx."),
+    *(
+        "logging.",
+        "_abc.",
+        "re.",
+        "typing.",
+        "pathlib.",
+        "datetime.",
+        "decimal.",
+        "triton.",
+        "torch.cuda.",
+        "torch.fx.",
+    ),
     *("torch._dynamo.", "torch._inductor.", "torch._functorch.", "torch._ops.", "torch._library."),
 )
 # What is called without its name in any code, but not by a network that runs.
@@ -178,11 +189,12 @@ class _Walk:
             return _Walk._constant
         opener = next((opener for kinds, opener in _OPENERS if issubclass(kind, kinds)), None)
         if opener is None:
-            if _hides_state(kind):
-                raise NotComparable(
-                    f"{name!r} is a {kind.__module__}.{kind.__qualname__}, which keeps its state to itself"
-                )
             opener = _Walk._object
+            if _hides_state(kind):
+                if "__members__" not in vars(kind):  # which an enumeration of C++ has
+                    what = f"{kind.__module__}.{kind.__qualname__}"
+                    raise NotComparable(f"{name!r} is a {what}, which keeps its state to itself")
+                opener = _Walk._constant
         self._offer_classes(kind)
         self.openers[kind] = opener
         return opener

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import datetime
 import functools
 import itertools
 import logging
@@ -15,6 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+import torch.nn.attention
 from torch import Tensor, nn
 
 from scoresde_ext import contents as walk
@@ -77,6 +79,7 @@ class Net(nn.Module):
         self.queue, self.numbers = collections.deque([1, 2]), {1: "one", 2: "two"}
         self.function, self.partial = scaled, functools.partial(scaled, by=1.0)
         self.closure = self.around(torch.zeros(3))
+        self.now, self.attention = datetime.datetime.now(), nn.attention.SDPBackend.MATH
         self.device, self.kind, self.log, self.itself = CPU, torch.float32, log, weakref.ref(self)
         self.first, self.second = {"a": 1, "b": 2}, {"c": 3, "d": 4}
         self.sentinel, self.unknown = object(), float("nan")
@@ -167,6 +170,8 @@ CHANGES: dict[str, Callable[[Net], Any]] = {
     "class as a record": lambda net: setattr(Settings, "gain", 2.0),
     "global": lambda net: set_item(SCALE, 0, 2.0),
     "global of a module": lambda net: setattr(helpers, "gain", 2.0),
+    "date": lambda net: setattr(net, "now", net.now + datetime.timedelta(1)),
+    "attention": lambda net: setattr(net, "attention", nn.attention.SDPBackend.FLASH_ATTENTION),
     "dtype": lambda net: setattr(net, "kind", torch.float64),
     "sentinel": lambda net: setattr(net, "sentinel", object()),
     "remembered tensor": lambda net: table(5),
@@ -249,25 +254,6 @@ def test_tensors_that_the_device_does_not_read() -> None:
         before = contents(net, device=device)
         net.cond.add_(1)
     assert contents(net, device=device) != before
-
-
-def test_hooks_of_all_modules() -> None:
-    """They are no part of a network; :func:`scoresde_ext.graphs.fingerprint` has them."""
-    from scoresde_ext import graphs
-
-    net = nn.Linear(3, 3)
-    before = graphs.fingerprint(net, CPU)
-    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
-    try:
-        assert graphs.fingerprint(net, CPU) != before
-    finally:
-        handle.remove()
-    assert graphs.fingerprint(net, CPU) == before
-
-
-class Buffer:
-    def __enter__(self) -> None:
-        pass
 
 
 HIDDEN: dict[str, Callable[[], Any]] = {
@@ -407,3 +393,14 @@ def test_the_difference_has_a_name() -> None:
     before = key(net)
     net.config.model.scale = 2.0
     assert before.difference(key(net)) == "'scale'"
+
+
+def test_a_sampler_does_not_fail_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where another thread writes to a dict that is looked at."""
+
+    def changed(_: Any) -> Any:
+        raise RuntimeError("dictionary changed size during iteration")
+
+    monkeypatch.setattr(walk, "attributes", changed)
+    with pytest.raises(NotComparable, match="RuntimeError: dictionary changed size"):
+        key(Net())

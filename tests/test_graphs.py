@@ -246,9 +246,10 @@ def test_a_function_around_a_module_is_captured_like_the_module(device: FakeDevi
 
     assert [run(net, shift, 1.0), run(net, shift, 1.0)] == [1, 1]
     assert [run(net, shift, 2.0), run(net, shift + 1, 1.0), run(Net(), shift, 1.0)] == [2, 3, 4]
-    assert torch.equal(sampler.solve(network(net, shift + 1, 1.0), z()).y, sampler.solve(Shifted(net), z()).y)
+    assert torch.equal(sampler.solve(network(net, shift + 1, 1.0), z()).y, make("off").solve(Shifted(net), z()).y)
     generator = torch.Generator()  # what it would do at each step is not known
-    assert "torch.nn.Module" in sampler.solve(lambda x, t: net(x, t) * (generator is not None), z()).graph.why
+    choice = sampler.solve(lambda x, t: net(x, t) * (generator is not None), z()).graph
+    assert choice.mode == "off" and "'generator' is a torch._C.Generator" in choice.why
 
 
 class Shifted(nn.Module):
@@ -491,7 +492,7 @@ def refused(kind: str, monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_a_loop_that_cuda_refuses(mode: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where memory comes from cudaMallocAsync: the captured step is launched step by step."""
     device = refused(kind, monkeypatch)
-    net, sampler, right = Net(), make(mode), make("off").solve(Net(), z())
+    net, sampler = Net(), make(mode)
     right = make("off").solve(net, z())
     with pytest.warns(UserWarning, match="'while' is replaced by 'replay', for .* operation not supported") as said:
         for _ in range(3):
@@ -680,6 +681,18 @@ SETTINGS: dict[str, Callable[[], Any]] = {
 }
 
 
+def test_autocast_on_a_gpu() -> None:
+    """What matters is the device of the state; the network has no parameters."""
+    device = torch.device("cuda")
+    before = graphs.fingerprint(nn.ReLU(), device)
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        assert graphs.fingerprint(nn.ReLU(), device) != before
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+    assert graphs.fingerprint(nn.ReLU(), device) == before
+
+
 @contextmanager
 def _set(function: Callable[[Any], Any], value: Any, before: Any) -> Iterator[None]:
     function(value)
@@ -695,9 +708,6 @@ def test_settings_of_torch(setting: str) -> None:
     with SETTINGS[setting]():
         assert graphs.fingerprint(net, torch.device("cpu")) != before
     assert graphs.fingerprint(net, torch.device("cpu")) == before
-    cuda = graphs.fingerprint(net, torch.device("cuda"))
-    with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
-        assert graphs.fingerprint(net, torch.device("cuda")) != cuda
 
 
 def test_captures_in_inference_mode_are_its_own(device: FakeDevice) -> None:
@@ -754,7 +764,7 @@ def test_captures_are_released_with_their_sampler(device: FakeDevice) -> None:
 
 
 def test_only_the_latest_captures_are_kept(device: FakeDevice) -> None:
-    sampler = make(method="euler", steps=2)
+    sampler = make("replay", method="euler", steps=2)
     for _ in range(6):
         sampler.solve(Net(), z())
     assert len(sampler.cache.kept) == 4
