@@ -156,6 +156,7 @@ CHANGES: dict[str, Callable[[Net], Any]] = {
     "function": lambda net: setattr(net, "function", table),
     "default": lambda net: setattr(scaled, "__defaults__", (2.0,)),
     "keyword's default": lambda net: setattr(scaled, "__kwdefaults__", {"shift": 1.0}),
+    "keyword's default as an attribute": lambda net: setattr(scaled, "shift", scaled.__kwdefaults__.pop("shift")),
     "code": lambda net: setattr(scaled, "__code__", (lambda x, by=1.0, *, shift=0.0: x).__code__),
     "attribute of a function": lambda net: setattr(scaled, "note", 1.0),
     "partial": lambda net: setattr(net, "partial", functools.partial(scaled, by=2.0)),
@@ -302,6 +303,15 @@ def test_names_that_are_not_known_before() -> None:
     net = Chooses()
     before = key(net)
     Chooses.strength[0] = 2.0
+    assert key(net) != before
+
+
+def test_a_method_that_the_user_puts_into_a_class_of_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: SCALE[0] * plain(self, x))
+    net = nn.Linear(3, 3)
+    before = key(net)
+    SCALE[0] = 2.0
     assert key(net) != before
 
 
