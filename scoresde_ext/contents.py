@@ -285,8 +285,8 @@ class _Walk:
         self.follow(value.__dict__.items())
         if not _installed_file(code.co_filename):
             own, names = value.__globals__, [n for n, _ in global_names(code)]
-            if builtin := _ANYTHING.intersection(names).difference(own):
-                raise NotComparable(f"{code.co_name} calls {min(builtin)}(), which reaches anything")
+            if anything := _ANYTHING.intersection(names):
+                raise NotComparable(f"{code.co_name} calls {min(anything)}(), which reaches anything")
             self.follow((n, own[n]) for n in names if n in own)
             self.follow(_imports(code, own.get("__package__") or ""))
             self._mention(code)

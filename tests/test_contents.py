@@ -300,10 +300,25 @@ def test_names_that_are_not_known_before() -> None:
         def of_a(self, x: Tensor) -> Tensor:
             return x * self.strength[0]
 
-    net = Chooses()
+    class Chosen(nn.Module):
+        strength: ClassVar = [1.0]
+
+        def of_a(self, x: Tensor) -> Tensor:
+            return x * self.strength[0]
+
+    chosen = Chosen()
+    for network, cls in ((Chooses(), Chooses), (lambda x, t: getattr(chosen, "of_" + "a")(x), Chosen)):
+        before = key(network)
+        cls.strength[0] = 2.0  # type: ignore[attr-defined]
+        assert key(network) != before
+
+
+def test_a_network_that_reaches_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = Net()
     before = key(net)
-    Chooses.strength[0] = 2.0
-    assert key(net) != before
+    monkeypatch.setattr(walk, "MOST", len(before.parts) // 6)
+    with pytest.raises(NotComparable, match=f"more than {walk.MOST} values"):
+        key(net)
 
 
 def test_a_method_that_the_user_puts_into_a_class_of_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
