@@ -368,6 +368,7 @@ _OPENERS: tuple[tuple[type | tuple[type, ...], Opener], ...] = (
     (type, _Walk._class),
     (types.ModuleType, _Walk._python_module),
     (weakref.ref, _Walk._reference),
+    (slice, _Walk._object),
     (nn.Module, _Walk._module),
     (_CONSTANTS, _Walk._constant),
     ((int, float, complex, str, bytes, bytearray), _Walk._number),
@@ -375,11 +376,13 @@ _OPENERS: tuple[tuple[type | tuple[type, ...], Opener], ...] = (
 
 
 def _hides_state(kind: type) -> bool:
-    """Whether objects of a class keep something in C that no attribute shows."""
+    """Whether objects of a class keep something in C that no attribute shows. Slots of a class of Python's do not; a
+    member of a class of C's may be an address."""
     for cls in kind.__mro__[:-1]:
         base, own = cls.__base__, vars(cls)
-        shown = sum(type(m) is types.MemberDescriptorType for m in own.values())
-        shown += ("__dict__" in own) + ("__weakref__" in own)
+        shown = ("__dict__" in own) + ("__weakref__" in own)
+        if "__slots__" in own:
+            shown += sum(type(m) is types.MemberDescriptorType for m in own.values())
         if base is None or cls.__basicsize__ - base.__basicsize__ > 8 * shown:
             return True
     return False

@@ -79,6 +79,7 @@ class Net(nn.Module):
         self.queue, self.numbers = collections.deque([1, 2]), {1: "one", 2: "two"}
         self.function, self.partial = scaled, functools.partial(scaled, by=1.0)
         self.closure = self.around(torch.zeros(3))
+        self.part = slice(0, 3)
         self.now, self.attention = datetime.datetime.now(), nn.attention.SDPBackend.MATH
         self.device, self.kind, self.log, self.itself = CPU, torch.float32, log, weakref.ref(self)
         self.first, self.second = {"a": 1, "b": 2}, {"c": 3, "d": 4}
@@ -150,6 +151,7 @@ CHANGES: dict[str, Callable[[Net], Any]] = {
     "array": lambda net: set_item(net.array, 2, 1.0),
     "to the next": lambda net: set_item(net.first, "c", net.second.pop("c")),
     "order": lambda net: net.order.move_to_end("x"),
+    "slice": lambda net: setattr(net, "part", slice(0, 2)),
     "deque": lambda net: net.queue.rotate(),
     "dict": lambda net: set_item(net.numbers, 1, "eins"),
     "key": lambda net: set_item(net.numbers, 3, "three"),
