@@ -711,14 +711,13 @@ def test_settings_of_torch(setting: str) -> None:
 
 
 def test_captures_in_inference_mode_are_its_own(device: FakeDevice) -> None:
-    """Its memory cannot be written to outside of it."""
+    """Their memory cannot be written to outside of it."""
     net, sampler = Net(), make()
     right = make("off").solve(net, z())
     for _ in range(2):
         with torch.inference_mode():
             assert_same(sampler.solve(net, z()), right)
         assert_same(sampler.solve(net, z()), right)
-    assert len(device.captures) == 2
 
 
 def test_a_mode_that_sees_operations_sees_all(device: FakeDevice) -> None:
