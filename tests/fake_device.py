@@ -4,14 +4,15 @@ What would make a GPU's host wait, or be no part of a graph, is an error. :class
 whole; :class:`FakeCuda` for ``torch.cuda`` below :class:`scoresde_ext.graphs.Cuda`.
 """
 
+from __future__ import annotations
+
 import ctypes
 import weakref
 from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pytest
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -19,6 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from scoresde_ext import graphs
+
+if TYPE_CHECKING:
+    import pytest
 
 aten = torch.ops.aten
 WAITING_OPS = {
@@ -53,7 +57,7 @@ class _NoWaitingOps(TorchDispatchMode):
 class NoWaiting(ExitStack):
     """Within it, what would wait for a device raises :class:`Waited`."""
 
-    def __enter__(self) -> "NoWaiting":
+    def __enter__(self) -> NoWaiting:
         super().__enter__()
         self.enter_context(_NoWaitingOps())
         self.enter_context(_NoWaitingCalls())
@@ -154,7 +158,7 @@ class FakeDevice:
 
         return launch
 
-    def watch(self) -> "FakeWatch":
+    def watch(self) -> FakeWatch:
         return FakeWatch()
 
 
@@ -180,12 +184,12 @@ class Stream:
     def __init__(self, device: Any = None, priority: int = 0) -> None:
         self.device, self.cuda_stream = device, id(self)
 
-    def wait_stream(self, other: "Stream") -> None:
+    def wait_stream(self, other: Stream) -> None:
         pass
 
 
 class StreamContext:
-    def __init__(self, cuda: "FakeCuda", stream: Stream) -> None:
+    def __init__(self, cuda: FakeCuda, stream: Stream) -> None:
         self.cuda, self.stream = cuda, stream
 
     def __enter__(self) -> None:
