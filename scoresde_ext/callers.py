@@ -15,14 +15,14 @@ from torch import Tensor
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-_WITHIN = (f"{Path(__file__).parent}{os.sep}", f"{Path(torch.__file__).parent}{os.sep}")
+WITHIN = (f"{Path(__file__).parent}{os.sep}", f"{Path(torch.__file__).parent}{os.sep}")
 
 
 def warn(message: str) -> None:
     """A warning at the line outside of this package, and of torch, that the call came from: Python then shows it once
     for each such line."""
     frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_WITHIN):
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(WITHIN):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, stacklevel=level)
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import graphs, integrate, noise, ops
+from . import graphs, integrate, noise, ops, precision
 from .callers import say_no_gradient, untraced, warn
 from .checks import (
     bad_rows,
@@ -29,7 +29,7 @@ from .checks import (
     whole,
 )
 from .flow import ProbabilityFlow
-from .foreign import fingerprint, recognised
+from .foreign import recognised
 from .integrate import Finished, Solution, SolverError, Status, Stream, time_vector
 from .integrate.results import NOISY, describe
 from .integrate.run import column
@@ -89,9 +89,8 @@ def get_ode_sampler(
             stream ``ids[b]``. The prior is then the same in every call; ``draw=k`` gives call k one of its own.
         progress: a progress bar on a terminal.
         graph: on a GPU, how the loop over the steps is run, as in :func:`integrate.solve`; but ``auto`` captures a step
-            where the network is a module or a function around modules, and keeps it for the next call. A captured
-            network is run as it was at its capture: what it reads besides parameters, buffers and plain attributes, and
-            what a function holds, must not change.
+            where the network is a module or a function around modules, and keeps it for the next call. It is used as
+            long as all that the network reaches is what it was; what is written into its tensors is read.
 
     ``z`` is the state at T, ``(B, *)``, float32 or float64 and kept so; None draws it from the prior. No gradient is
     recorded; a warning says so where ``z`` wants one.
@@ -193,7 +192,7 @@ class OdeSampler:
         flow, span = ProbabilityFlow(self.sde, score_fn), (self.sde.T, self.eps)
         cause: BaseException | None = None
         try:
-            plan = graphs.plan(self.options["graph"], self.cache, model, z.device, lambda: fingerprint(self.sde))
+            plan = graphs.plan(self.options["graph"], self.cache, model, z.device, self.sde)
             solution = solve_ode(flow, span, (z,), self.method, **(self.options | {"graph": plan}))
         except SolverError as error:
             if error.solution is None:  # scipy's
@@ -270,10 +269,10 @@ def precision_floor(flow: ProbabilityFlow, device: torch.device, dtype_of_state:
 
 def _uses_tf32(network: Any) -> bool:
     """Whether float32 products on a GPU are rounded to TF32: matrix products on request, convolutions by default."""
-    if torch.get_float32_matmul_precision() != "highest":
+    if precision.of_matrix_products() == "tf32":
         return True
     modules = (m for module in getattr(network, "modules", ()) for m in module.modules())
-    return torch.backends.cudnn.allow_tf32 and any(isinstance(m, torch.nn.modules.conv._ConvNd) for m in modules)
+    return precision.of_convolutions() == "tf32" and any(isinstance(m, torch.nn.modules.conv._ConvNd) for m in modules)
 
 
 def solve_ode(

@@ -13,7 +13,7 @@ import functools
 import itertools
 import types
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -78,56 +78,6 @@ def reached(network: Any) -> list[Any]:
     return found
 
 
-def identity(network: Any) -> Hashable | None:
-    """What a function consists of, down to its modules and tensors: equal where two functions, or one at two times,
-    have the same code and hold the same. None where it holds what cannot be told, or no module."""
-    met: dict[int, int] = {}
-    modules = 0
-
-    def key(value: Any, depth: int) -> Hashable:
-        nonlocal modules
-        if isinstance(value, nn.Module):
-            modules += 1
-            return id(value)
-        if isinstance(value, torch._C.TensorBase):
-            return value.data_ptr(), value.dtype, value.shape, value.stride()
-        if isinstance(value, (str, bytes, int, float, complex, type(None))):
-            return type(value), value
-        if isinstance(value, (type, types.BuiltinFunctionType, torch.dtype, torch.device)):
-            return value
-        if id(value) in met:
-            return "again", met[id(value)]
-        met[id(value)] = len(met)
-        held = list(_held(value))
-        if depth == 0 or len(met) > MOST or not (held or isinstance(value, _HOLDERS)):
-            raise _Unknown
-        own = value.__code__ if type(value) is types.FunctionType else type(value)
-        return own, *(tuple(value) if isinstance(value, dict) else ()), *(key(v, depth - 1) for v in held)
-
-    try:
-        found = key(network, DEPTH)
-    except _Unknown:
-        return None
-    return found if modules else None
-
-
-_HOLDERS = (
-    types.FunctionType,
-    types.MethodType,
-    types.ModuleType,
-    functools.partial,
-    dict,
-    list,
-    tuple,
-    set,
-    frozenset,
-)
-
-
-class _Unknown(Exception):
-    """A value that is not known to be the same at another time."""
-
-
 def _held(holder: Any) -> Iterable[Any]:
     """What one value holds."""
     kind = type(holder)
@@ -145,13 +95,13 @@ def _held(holder: Any) -> Iterable[Any]:
 
 
 def _held_by_function(function: types.FunctionType) -> list[Any]:
-    held = [] if function.__closure__ is None else [_content(cell) for cell in function.__closure__]
+    held = [] if function.__closure__ is None else [content(cell) for cell in function.__closure__]
     held += function.__defaults__ or ()
     if function.__kwdefaults__:
         held += function.__kwdefaults__.values()
     if function.__dict__:  # also what functools.wraps calls __wrapped__
         held += function.__dict__.values()
-    names = _global_names(function.__code__)
+    names = global_names(function.__code__)
     own = function.__globals__
     if names and not _of_others(own.get("__name__")):
         for name, followed in names:
@@ -163,7 +113,7 @@ def _held_by_function(function: types.FunctionType) -> list[Any]:
     return held
 
 
-def _content(cell: types.CellType) -> Any:
+def content(cell: types.CellType) -> Any:
     try:
         return cell.cell_contents
     except ValueError:  # not filled yet
@@ -176,29 +126,33 @@ def _of_others(module: Any) -> bool:
 
 
 @functools.lru_cache(maxsize=1000)
-def _global_names(code: types.CodeType) -> tuple[tuple[str, tuple[str, ...]], ...]:
+def global_names(code: types.CodeType) -> tuple[tuple[str, tuple[str, ...]], ...]:
     """The globals that a function reads, also in functions defined in it, and the names that may follow a dot."""
     names = {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
     inner = [c for c in code.co_consts if isinstance(c, types.CodeType)]
     found = {name: tuple(n for n in code.co_names if n not in names) for name in sorted(names)}
     for c in inner:
-        found |= dict(_global_names(c))
+        found |= dict(global_names(c))
     return tuple(found.items())
 
 
 def _attributes(holder: Any) -> list[Any]:
     """Attributes of an object, and what its class calls."""
-    cls = type(holder)
-    call = next((vars(c)["__call__"] for c in cls.__mro__ if "__call__" in vars(c)), None)
+    call = next((vars(c)["__call__"] for c in type(holder).__mro__ if "__call__" in vars(c)), None)
     held = _held_by_function(call) if type(call) is types.FunctionType else []
+    return held + [value for _, value in attributes(holder)]
+
+
+def attributes(holder: Any) -> list[tuple[str, Any]]:
+    """Names and values of the attributes that an object has itself, slots included."""
+    cls, found = type(holder), []
     with contextlib.suppress(AttributeError):
-        held += object.__getattribute__(holder, "__dict__").values()
+        found += object.__getattribute__(holder, "__dict__").items()
     for c in cls.__mro__:
-        if "__slots__" in vars(c):
-            for member in vars(c).values():
-                if type(member) is types.MemberDescriptorType:
-                    try:
-                        held.append(member.__get__(holder, cls))
-                    except AttributeError:  # not set
-                        continue
-    return held
+        for name, member in vars(c).items():
+            if type(member) is types.MemberDescriptorType:
+                try:
+                    found.append((name, member.__get__(holder, cls)))
+                except AttributeError:  # not set
+                    continue
+    return found

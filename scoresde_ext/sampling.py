@@ -25,7 +25,7 @@ from .checks import (
     check_times,
     name_rows,
 )
-from .foreign import fingerprint, recognised
+from .foreign import recognised
 from .grids import Grid, calibrate_grid
 from .integrate import SolverError, time_vector
 from .models import utils as mutils
@@ -347,7 +347,7 @@ class PcSampler:
         return len(self.times) if self.times else self.sde.N
 
     def _run(self, loop: PCLoop, model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-        plan = graphs.plan(self.asked, self.cache, model, x.device, lambda: fingerprint(self.sde))
+        plan = graphs.plan(self.asked, self.cache, model, x.device, self.sde)
         streams, why = None, ""
         if graphs.backend_of(x.device) is not None:
             streams = noise.streams_in_force(x.device)

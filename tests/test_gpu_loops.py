@@ -4,6 +4,7 @@ No GPU has run these yet. What they ask is asked of a recorded CPU in test_graph
 """
 
 import math
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,78 @@ def test_a_network_that_cannot_be_captured(what: str) -> None:
     with pytest.warns(UserWarning, match="random numbers" if what == "draws" else "waits for the device"):
         found = sampler.solve(net)
     assert torch.equal(found.y, right.y) and found.graph.mode == "off"
+
+
+class Conditional(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cond, self.config = torch.zeros(6), {"shift": 0.0}
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        return super().forward(x, labels) + self.cond + self.config["shift"]
+
+
+def test_each_call_samples_with_its_own_condition() -> None:
+    net, sampler = Conditional().to(DEVICE), make("auto")
+    for value in (-0.5, 0.0, 0.5):
+        net.cond, net.config["shift"] = torch.full((6,), value, device=DEVICE), 0.1 * value
+        for _ in range(2):
+            found = sampler.solve(net)
+            assert found.graph.mode != "off" and torch.equal(found.y, make("off").solve(net).y)
+    captures = len(sampler.cache.kept)
+    net.cond.fill_(0.3)
+    assert torch.equal(sampler.solve(net).y, make("off").solve(net).y)
+    assert len(sampler.cache.kept) == captures == 3
+
+
+def test_a_capture_that_failed() -> None:
+    """The first error is said; the thread is on its stream, and torch's generator draws, as before."""
+
+    class Bad(Net):
+        def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+            if torch.cuda.is_current_stream_capturing():
+                torch.cuda.synchronize()
+            return super().forward(x, labels)
+
+    net, stream = Bad().to(DEVICE), torch.cuda.current_stream()
+    with pytest.warns(UserWarning, match="its capture failed"):
+        found = make("auto").solve(net)
+    assert "previous error" not in found.graph.why and "Capture must end" not in found.graph.why
+    assert torch.cuda.current_stream() == stream
+    assert torch.randn(3, device=DEVICE).isfinite().all()
+    net = Net().to(DEVICE)
+    assert torch.equal(make("auto").solve(net).y, make("off").solve(net).y)
+
+
+def test_graphs_that_outlive_others() -> None:
+    """None works in memory of cuBLAS that goes with another."""
+    net, samplers = Net().to(DEVICE), [make("auto") for _ in range(3)]
+    right = make("off").solve(net).y
+    for sampler in samplers:
+        sampler.solve(net)
+    del samplers[0], sampler
+    torch.cuda.empty_cache()
+    rubbish = [torch.full((2**20,), math.nan, device=DEVICE) for _ in range(32)]
+    for sampler in samplers:
+        assert torch.equal(sampler.solve(net).y, right)
+    assert all(t.isnan().all() for t in rubbish)
+
+
+def test_captures_beside_a_thread_that_pins_memory() -> None:
+    net, stop = Net().to(DEVICE), threading.Event()
+
+    def pin() -> None:
+        while not stop.is_set():
+            torch.empty(2**16).pin_memory()
+
+    thread = threading.Thread(target=pin)
+    thread.start()
+    try:
+        for _ in range(3):
+            assert make("auto").solve(net).graph.mode != "off"
+    finally:
+        stop.set()
+        thread.join()
 
 
 @pytest.mark.parametrize("kind", ["vp", "ve"])

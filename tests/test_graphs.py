@@ -1,15 +1,23 @@
 """Loops that a device runs by itself, on a device that is not there (fake_device.py): the same results in every mode as
 step by step, nothing waited for inside a step, captures kept and released, and what happens where none can be made."""
 
+import functools
 import gc
+import random
+import threading
+import types
 import warnings
 import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from fake_device import FakeDevice, NoWaiting, Waited
+from fake_device import FakeCuda, FakeDevice, NoWaiting, Waited
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from scoresde_ext import graphs, integrate, noise, predictors, sampling, sde_lib
 from scoresde_ext.flow import ProbabilityFlow
@@ -18,6 +26,7 @@ from scoresde_ext.integrate.multistep import Adaptive
 from scoresde_ext.integrate.runge_kutta import JointOnDevice, PerSample
 from scoresde_ext.integrate.stepping import Stepping
 from scoresde_ext.models import utils as mutils
+from scoresde_ext.ode import precision_floor
 
 SHAPE = (5, 3)
 ADAPTIVE: dict[str, dict[str, Any]] = {
@@ -237,9 +246,10 @@ def test_a_function_around_a_module_is_captured_like_the_module(device: FakeDevi
 
     assert [run(net, shift, 1.0), run(net, shift, 1.0)] == [1, 1]
     assert [run(net, shift, 2.0), run(net, shift + 1, 1.0), run(Net(), shift, 1.0)] == [2, 3, 4]
-    assert torch.equal(sampler.solve(network(net, shift + 1, 1.0), z()).y, sampler.solve(Shifted(net), z()).y)
+    assert torch.equal(sampler.solve(network(net, shift + 1, 1.0), z()).y, make("off").solve(Shifted(net), z()).y)
     generator = torch.Generator()  # what it would do at each step is not known
-    assert "torch.nn.Module" in sampler.solve(lambda x, t: net(x, t) * (generator is not None), z()).graph.why
+    choice = sampler.solve(lambda x, t: net(x, t) * (generator is not None), z()).graph
+    assert choice.mode == "off" and "'generator' is a torch._C.Generator" in choice.why
 
 
 class Shifted(nn.Module):
@@ -305,6 +315,195 @@ def test_a_network_that_cannot_be_captured(network: Any, why: str, device: FakeD
         assert sampler.solve(net, z()).graph.mode == "off"
 
 
+class Counts(Net):
+    calls = 0
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x, labels)
+
+
+def test_a_network_that_changes_when_it_is_called(device: FakeDevice) -> None:
+    """A graph would not count. It is tried no more, though each call finds another network."""
+    net, sampler = Counts(), make()
+    with pytest.warns(UserWarning, match="changes 'calls' each time it is called"):
+        solution = sampler.solve(net, z())
+    assert solution.graph.mode == "off"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for sampler_now in (sampler, sampler, make("off")):
+            before = net.calls
+            assert_same(sampler_now.solve(net, z()), solution)
+            assert net.calls - before == solution.nfe + 6  # a step ahead
+        assert "changes 'calls'" in sampler.solve(net, z()).graph.why
+    plain = Net()
+    assert [sampler.solve(plain, z()).graph.mode for _ in range(3)] == ["off", "while", "while"]
+
+
+HOST_DRAWS: dict[str, Callable[[], Any]] = {
+    "Python": lambda: random.random(),
+    "numpy": lambda: np.random.rand(),
+    "torch": lambda: torch.rand(()),
+}
+
+
+@pytest.mark.parametrize("generator", HOST_DRAWS)
+def test_random_numbers_of_the_host(generator: str, device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing on the device tells that a number is another each time."""
+    # The device's generator is another one.
+    monkeypatch.setattr(device, "random_state", lambda: torch.zeros(1))
+    monkeypatch.setattr(device, "set_random_state", lambda state: None)
+    draw = HOST_DRAWS[generator]
+
+    class Drops(Net):
+        def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+            return super().forward(x, labels) * (1.0 + 1e-3 * draw())
+
+    def seed() -> None:
+        random.seed(1), np.random.seed(1), torch.manual_seed(1)
+
+    net = Drops()
+    seed()
+    right = make("off").solve(net, z())
+    seed()
+    with pytest.warns(UserWarning, match=f"random numbers from the generator of {generator}"):
+        assert_same(make().solve(net, z()), right)
+
+
+# ---- torch.cuda ----
+
+
+@pytest.fixture(params=[True, False], ids=["workspaces go with a graph", "workspaces stay"])
+def cuda(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    return FakeCuda(monkeypatch, frees=request.param)
+
+
+class OnCuda(Net):
+    """One with products by cuBLAS, and, where it fails, an allocation that a capture does not survive."""
+
+    fails = False
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        torch.cuda.fake.product()  # type: ignore[attr-defined]
+        if self.fails:
+            torch.cuda.fake.forbidden()  # type: ignore[attr-defined]
+        return super().forward(x, labels)
+
+
+@pytest.mark.parametrize("name", ["RK45", "UniPC, per sample", "heun"])
+def test_cuda_gives_the_same_bits(name: str, cuda: FakeCuda) -> None:
+    options, net = (ADAPTIVE | ON_GRIDS)[name], OnCuda()
+    right = make("off", **options).solve(net, z())
+    for mode in ("while", "replay", "auto"):
+        sampler = make(mode, **options)
+        for _ in range(2):
+            assert_same(sampler.solve(net, z()), right)
+    assert cuda.modes == ["thread_local"] * 3  # a capture each
+    assert cuda.loops == (0 if name == "heun" else 4)
+    assert cuda.current is cuda.first
+
+
+def test_a_capture_that_failed(cuda: FakeCuda) -> None:
+    """The first error is said, not that the capture cannot be ended; the thread is back on its stream, and torch's
+    generator draws again."""
+    net = OnCuda()
+    net.fails = True
+    with pytest.warns(UserWarning, match="its capture failed .*operation not permitted when stream is capturing"):
+        solution = make().solve(net, z())
+    assert_same(solution, make("off").solve(net, z()))
+    assert cuda.current is cuda.first
+    cuda.draw()
+    net.fails = False
+    assert make().solve(net, z()).graph.mode == "while"
+
+
+def test_what_a_capture_raises_keeps_its_cause(cuda: FakeCuda) -> None:
+    def work() -> None:
+        try:
+            cuda.forbidden()
+        except RuntimeError as error:
+            raise ValueError("of the network") from error
+
+    with pytest.raises(ValueError, match="of the network") as raised:
+        graphs.Cuda(torch.device("cpu")).capture(work)
+    assert isinstance(raised.value.__cause__, RuntimeError)
+    assert cuda.current is cuda.first
+
+
+def test_workspaces_of_cublas(cuda: FakeCuda) -> None:
+    """All captures of a device are on one stream; each graph works in memory of its own, which no other that goes
+    takes along, and nothing stays behind."""
+    net, samplers = OnCuda(), [make() for _ in range(3)]
+    right = make("off").solve(net, z())
+    for sampler in samplers:
+        assert_same(sampler.solve(net, z()), right)
+        assert not cuda.workspaces
+    del samplers[0], sampler
+    gc.collect()
+    cuda.workspaces.clear()
+    for sampler in samplers:
+        assert_same(sampler.solve(net, z()), right)
+        assert sampler.solve(net, z()).graph.mode == "while"
+    assert cuda.streams == {cuda.first, *graphs.Cuda._streams.values()} and len(cuda.streams) == 2
+    with pytest.warns(UserWarning, match="its capture failed"):
+        net.fails = True
+        make().solve(net, z())
+    assert set(cuda.workspaces) <= {cuda.first}
+
+
+def test_one_capture_at_a_time(cuda: FakeCuda) -> None:
+    """What another thread rehearsed on the stream of a capture would become part of the graph."""
+    free: list[bool] = []
+
+    def work() -> None:
+        thread = threading.Thread(target=lambda: free.append(graphs.Cuda._alone.acquire(blocking=False)))
+        thread.start()
+        thread.join()
+
+    backend = graphs.Cuda(torch.device("cpu"))
+    backend.rehearse(work, guarded=False)
+    backend.capture(work)
+    assert free == [False, False]
+
+
+def test_a_torch_that_keeps_its_graphs_to_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, net = FakeCuda(monkeypatch, keeps_graphs=False), OnCuda()
+    for _ in range(2):
+        solution = make().solve(net, z())
+        assert solution.graph.mode == "replay" and "does not give captured graphs out" in solution.graph.why
+        assert_same(solution, make("off").solve(net, z()))
+    assert len(cuda.modes) == 2
+
+
+def refused(kind: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A device that makes no loop of a captured step."""
+    why = "CUDA could not make a loop of the captured step: operation not supported"
+    if kind == "torch.cuda":
+        found: Any = FakeCuda(monkeypatch)
+        found.refuses_loops = why
+        return found
+    found = FakeDevice(refuses=why)
+    monkeypatch.setattr(graphs, "backend_of", lambda _: found)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["a device", "torch.cuda"])
+@pytest.mark.parametrize("mode", ["auto", "while"])
+def test_a_loop_that_cuda_refuses(mode: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where memory comes from cudaMallocAsync: the captured step is launched step by step."""
+    device = refused(kind, monkeypatch)
+    net, sampler = Net(), make(mode)
+    right = make("off").solve(net, z())
+    with pytest.warns(UserWarning, match="'while' is replaced by 'replay', for .* operation not supported") as said:
+        for _ in range(3):
+            solution = sampler.solve(net, z())
+            assert_same(solution, right)
+            assert solution.graph.mode == "replay" and "operation not supported" in solution.graph.why
+    assert len(said) == 1
+    if kind == "a device":
+        assert device.asked == 1 and len(device.captures) == 1
+
+
 # ---- captured loops are kept ----
 
 
@@ -329,6 +528,208 @@ def test_captures_are_kept_while_they_are_right(device: FakeDevice) -> None:
     assert len(device.captures) == 5
 
 
+def test_conditions_that_are_set_from_call_to_call(device: FakeDevice) -> None:
+    """As an attribute, in a dict, in a config, of a function, by a hook: each call samples with its own."""
+
+    class Conditional(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cond, self.named = torch.zeros(3), {"c": torch.zeros(3)}
+            self.config = types.SimpleNamespace(shift=0.0)
+
+        def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+            return super().forward(x, labels) + self.cond + self.named["c"] + self.config.shift + by.shift  # type: ignore[attr-defined]
+
+    def by() -> None: ...
+
+    by.shift = 0.0  # type: ignore[attr-defined]
+    net = Conditional()
+    hooks: list[Any] = []
+
+    def hooked(value: float) -> None:
+        for hook in hooks:
+            hook.remove()
+        hooks[:] = [net.register_forward_hook(lambda net, inputs, out: out + value)]
+
+    ways: list[Callable[[float], Any]] = [
+        lambda value: setattr(net, "cond", torch.full((3,), value)),
+        lambda value: net.named.update(c=torch.full((3,), value)),
+        lambda value: setattr(net.config, "shift", value),
+        lambda value: setattr(by, "shift", value),
+        hooked,
+    ]
+    options: dict[str, Any] = {"method": "euler", "steps": 3}
+    for network in (net, functools.partial(net), lambda x, t: net(x, t)):
+        for way in ways:
+            sampler = make(**options)
+            for value in (-5.0, 0.0, 5.0):
+                way(value)
+                found = sampler.solve(network, z())
+                assert found.graph.mode == "replay"
+                assert_same(found, make("off", **options).solve(network, z()))
+            way(0.0)
+
+
+def test_captures_that_are_never_used_again(device: FakeDevice) -> None:
+    """As many in a row as are kept: then steps run one by one, which is said once, until a network comes again."""
+    net, sampler = Net(), make(method="euler", steps=2)
+    modes = []
+    with pytest.warns(UserWarning, match="was not used again.*copy_") as said:
+        for i in range(8):
+            net.gain = float(i)
+            modes.append(sampler.solve(net, z()).graph.mode)
+    assert modes == ["replay"] * 4 + ["off"] * 4 and len(said) == 1
+    assert [sampler.solve(net, z()).graph.mode for _ in range(3)] == ["replay"] * 3
+    assert len(device.captures) == 5 and len(sampler.cache.kept) == 4
+    net.gain = 9.0
+    assert sampler.solve(net, z()).graph.mode == "replay"
+    by_name = make("replay", method="euler", steps=2)
+    for i in range(6):
+        net.gain = float(i)
+        assert by_name.solve(net, z()).graph == ("replay", "the number of steps is known: nothing has to be asked")
+    assert len(by_name.cache.kept) == 4
+
+
+def test_a_network_that_keeps_something_from_its_first_call_on(device: FakeDevice) -> None:
+    class Keeps(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kept: dict[Any, Tensor] = {}
+
+        def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+            if x.shape not in self.kept:
+                self.kept[x.shape] = torch.full_like(x, 0.1)
+            return super().forward(x, labels) + self.kept[x.shape]
+
+    net, sampler = Keeps(), make()
+    for _ in range(3):
+        assert sampler.solve(net, z()).graph.mode == "while"
+    assert len(device.captures) == 1
+
+
+def test_the_sde_and_what_it_holds(device: FakeDevice) -> None:
+    class Mine(sde_lib.VPSDE):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = types.SimpleNamespace(speed=[1.0])
+
+        def sde_coefficients(self, t: Any) -> Any:
+            f, g = super().sde_coefficients(t)
+            return f * self.config.speed[0], g
+
+    sde, net = Mine(), Net()
+    sampler = make(sde=sde)
+    for speed in (1.0, 0.5):
+        sde.config.speed[0] = speed
+        for _ in range(2):
+            found = sampler.solve(net, z())
+            assert found.graph.mode == "while", found.graph
+            assert_same(found, make("off", sde).solve(net, z()))
+    assert len(device.captures) == 2
+
+
+# ---- torch's settings ----
+
+
+@pytest.fixture
+def switches() -> Iterator[None]:
+    yield
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = True
+    if hasattr(torch.backends, "fp32_precision"):
+        torch.backends.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "none"
+        torch.backends.cudnn.conv.fp32_precision = torch.backends.cudnn.rnn.fp32_precision = "tf32"
+
+
+SWITCHES: dict[str, Callable[[], Any]] = {
+    "matrix products": lambda: torch.set_float32_matmul_precision("high"),
+    "allow_tf32": lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True),
+    "convolutions": lambda: setattr(torch.backends.cudnn, "allow_tf32", False),
+}
+if hasattr(torch.backends, "fp32_precision"):
+    SWITCHES |= {
+        "new, matrix products": lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"),
+        "new, convolutions": lambda: setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee"),
+        "new, all": lambda: setattr(torch.backends, "fp32_precision", "tf32"),
+    }
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_precision_switches(switch: str, device: FakeDevice, switches: None) -> None:
+    """Those of torch up to 2.8, which cannot be read where one of the newer was set, and the newer."""
+    net, sampler = Net(), make()
+    flow = ProbabilityFlow(sde_lib.VPSDE(), mutils.get_score_fn(sde_lib.VPSDE(), nn.Linear(3, 3), continuous=True))
+    assert precision_floor(flow, torch.device("cuda"), torch.float32)[0] == 0
+    sampler.solve(net, z())
+    SWITCHES[switch]()
+    sampler.solve(net, z())
+    sampler.solve(net, z())
+    assert len(device.captures) == 2
+    rounds = "convolutions" not in switch
+    assert precision_floor(flow, torch.device("cuda"), torch.float32)[0] == (1e-4 if rounds else 0)
+    flow = ProbabilityFlow(sde_lib.VPSDE(), mutils.get_score_fn(sde_lib.VPSDE(), nn.Conv1d(3, 3, 1), continuous=True))
+    assert precision_floor(flow, torch.device("cuda"), torch.float32)[0] == (0 if "convolutions" in switch else 1e-4)
+
+
+SETTINGS: dict[str, Callable[[], Any]] = {
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "deterministic": lambda: _set(torch.use_deterministic_algorithms, True, False),
+    "default dtype": lambda: _set(torch.set_default_dtype, torch.float64, torch.float32),
+    "cudnn.benchmark": lambda: torch.backends.cudnn.flags(enabled=True, benchmark=True),
+    "inference mode": lambda: torch.inference_mode(),
+    "default device": lambda: torch.device("meta"),
+    "hooks of all modules": lambda: nn.modules.module.register_module_forward_hook(lambda *_: None),
+}
+
+
+def test_autocast_on_a_gpu() -> None:
+    """What matters is the device of the state; the network has no parameters."""
+    device = torch.device("cuda")
+    before = graphs.fingerprint(nn.ReLU(), device)
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        assert graphs.fingerprint(nn.ReLU(), device) != before
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+    assert graphs.fingerprint(nn.ReLU(), device) == before
+
+
+@contextmanager
+def _set(function: Callable[[Any], Any], value: Any, before: Any) -> Iterator[None]:
+    function(value)
+    yield
+    function(before)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_settings_of_torch(setting: str) -> None:
+    """Also for a network without parameters."""
+    net = nn.ReLU()
+    before = graphs.fingerprint(net, torch.device("cpu"))
+    with SETTINGS[setting]():
+        assert graphs.fingerprint(net, torch.device("cpu")) != before
+    assert graphs.fingerprint(net, torch.device("cpu")) == before
+
+
+def test_captures_in_inference_mode_are_its_own(device: FakeDevice) -> None:
+    """Their memory cannot be written to outside of it."""
+    net, sampler = Net(), make()
+    right = make("off").solve(net, z())
+    for _ in range(2):
+        with torch.inference_mode():
+            assert_same(sampler.solve(net, z()), right)
+        assert_same(sampler.solve(net, z()), right)
+
+
+def test_a_mode_that_sees_operations_sees_all(device: FakeDevice) -> None:
+    sampler, seen = make(), []
+    for _ in range(2):
+        with FlopCounterMode(display=False) as counter:
+            assert "FlopCounterMode" in sampler.solve(Net(), z()).graph.why
+        seen.append(counter.get_total_flops())
+    assert seen[0] == seen[1] > 0 and not device.captures
+
+
 def test_captures_under_autocast(device: FakeDevice) -> None:
     """A capture reads the weights themselves, not what autocast keeps of them until its context ends."""
     net, sampler = Net(), make(rtol=0.1, atol=0.1)
@@ -344,22 +745,26 @@ def test_captures_under_autocast(device: FakeDevice) -> None:
 
 
 def test_captures_are_released_with_their_sampler(device: FakeDevice) -> None:
+    """At once: nothing has to look for cycles."""
     net, sampler = Net(), make()
     sampler.solve(net, z())
     (captured,) = sampler.cache.kept.values()
-    memory = weakref.ref(captured.memory[0])
-    del captured, net
+    memory, condition = weakref.ref(captured.memory[0]), weakref.ref(net.linear.bias)
+    del captured
+    net.linear.bias = nn.Parameter(torch.zeros(3))
     gc.collect()
-    assert memory() is not None
-    del sampler
-    gc.collect()
+    assert memory() is not None and condition() is not None
     device.captures.clear()
-    gc.collect()
-    assert memory() is None
+    gc.disable()
+    try:
+        del sampler
+        assert memory() is None and condition() is None
+    finally:
+        gc.enable()
 
 
 def test_only_the_latest_captures_are_kept(device: FakeDevice) -> None:
-    sampler = make(method="euler", steps=2)
+    sampler = make("replay", method="euler", steps=2)
     for _ in range(6):
         sampler.solve(Net(), z())
     assert len(sampler.cache.kept) == 4

@@ -157,7 +157,7 @@ class NoisyByCount(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.network = Counted()
+        self.network = Counted().network
         self.register_buffer("count", torch.zeros(()))
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
