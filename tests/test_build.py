@@ -53,6 +53,11 @@ def setup_py(monkeypatch):
     return Setup(monkeypatch)
 
 
+def listed(numbers):
+    """What nvcc --list-gpu-arch prints."""
+    return "".join(f"compute_{number}\n" for number in numbers.split())
+
+
 @pytest.fixture
 def toolkit(tmp_path):
     """A folder that looks like a CUDA 12.4 toolkit to setup.py, reached through a script that lies elsewhere."""
@@ -61,8 +66,13 @@ def toolkit(tmp_path):
     (home / "lib64").mkdir()
     (home / "lib64" / "libcudart_static.a").touch()
     nvcc = home / "bin" / "nvcc"
-    release, dry_run = "Cuda compilation tools, release 12.4, V12.4.131", f"#$ TOP={home}/bin/.."
-    nvcc.write_text(f'#!/bin/sh\ncase $1 in --version) echo "{release}";; *) echo "{dry_run}";; esac\n')
+    answers = {
+        "--version": "Cuda compilation tools, release 12.4, V12.4.131",
+        "--list-gpu-arch": listed("50 52 53 60 61 62 70 72 75 80 86 87 89 90"),
+        "*": f"#$ TOP={home}/bin/..",  # of a dry run
+    }
+    cases = "\n".join(f'{asked}) echo "{answer}";;' for asked, answer in answers.items())
+    nvcc.write_text(f"#!/bin/sh\ncase $1 in {cases} esac\n")
     nvcc.chmod(0o755)
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "nvcc").write_text(f'#!/bin/sh\nexec "{nvcc}" "$@"\n')
@@ -98,12 +108,44 @@ def test_with_nvcc_cuda_is_built_in(setup_py, toolkit, found_by):
     assert macros(extension) == {
         "-DSCORESDE_EXT_WITH_CUDA",
         '-DSCORESDE_EXT_NVCC="12.4"',
-        '-DSCORESDE_EXT_CUDA_ARCHS="8.0;9.0+PTX"',
+        '-DSCORESDE_EXT_CUDA_ARCHS="7.0+PTX;8.0;9.0"',
     }
+    flags = [flag for flag in extension.extra_compile_args["nvcc"] if "arch" in flag]
+    assert flags == [
+        "-gencode=arch=compute_70,code=sm_70",
+        "-gencode=arch=compute_70,code=compute_70",
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90,code=sm_90",
+    ]
+    assert cpp_extension._get_cuda_arch_flags(flags) == []  # torch adds none of its own
 
 
 def test_architectures_are_the_users_where_given(setup_py, toolkit):
-    assert '-DSCORESDE_EXT_CUDA_ARCHS="7.5"' in macros(setup_py(CUDA_HOME=toolkit, TORCH_CUDA_ARCH_LIST="7.5"))
+    extension = setup_py(CUDA_HOME=toolkit, TORCH_CUDA_ARCH_LIST="7.5")
+    assert '-DSCORESDE_EXT_CUDA_ARCHS="7.5"' in macros(extension)
+    flags = extension.extra_compile_args["nvcc"]
+    assert cpp_extension._get_cuda_arch_flags(flags) == ["-gencode=arch=compute_75,code=sm_75"]
+
+
+@pytest.mark.parametrize(
+    ("known", "archs"),
+    [
+        ("35 37 50 52 53 60 61 62 70 72 75 80 86 87 89 90", "7.0+PTX;8.0;9.0"),  # 11.8
+        ("50 52 53 60 61 62 70 72 75 80 86 87 89 90 90a 100 100a 101 120", "7.0+PTX;8.0;9.0;10.0;12.0"),  # 12.8
+        ("75 80 86 87 88 89 90 100 110 103 120 121", "7.5+PTX;8.0;9.0;10.0;12.0"),  # 13.0
+        ("75 80 86 87 88 89 90 100 110 103 120 121 107 130", "7.5+PTX;8.0;9.0;10.0;12.0"),  # one to come
+    ],
+)
+def test_the_default_architectures_are_those_the_nvcc_knows(setup_py, known, archs):
+    setup_py(SCORESDE_EXT_CUDA="0")
+    assert ";".join(setup_py.functions["default_archs"](listed(known))) == archs
+
+
+def test_an_nvcc_without_a_usable_architecture_is_named(setup_py):
+    setup_py(SCORESDE_EXT_CUDA="0")
+    for answer in (listed("35 50 61"), "nvcc fatal   : Unknown option '-list-gpu-arch'"):
+        with pytest.raises(SystemExit, match="no architecture of compute capability 7.0 or later: set TORCH_CUDA_ARCH"):
+            setup_py.functions["default_archs"](answer)
 
 
 def test_cuda_can_be_left_out_by_hand(setup_py, toolkit):

@@ -16,7 +16,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "csrc").rglob("*.cu"))
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
-ARCHS = ("80", "90")
+
+# The code is the same for all architectures. nvcc's first stage makes the same PTX of it for all of a family, by which
+# the family is called; the second, ptxas, is run for each architecture.
+FAMILIES = {"75": ("75", "80", "90"), "100": ("100", "120")}
+FAMILY_OF = {arch: family for family, archs in FAMILIES.items() for arch in archs}
 
 pytestmark = pytest.mark.skipif(NVCC is None, reason="no nvcc: nothing is known of the CUDA kernels here")
 
@@ -24,19 +28,23 @@ pytestmark = pytest.mark.skipif(NVCC is None, reason="no nvcc: nothing is known 
 # can; at 48, 1280; at 64, 1024.
 MOST_REGISTERS = {
     "affine_kernel": 56,
-    "residual_kernel": 48,
-    "combine_kernel": 112,
+    "residual_kernel": 40,
+    "combine_kernel": 104,
     "stage_kernel": 80,
     "error_kernel": 64,
     "noise_kernel": 32,
     "put_kernel": 40,
     "sum_kernel": 32,
     "control_kernel": 48,
-    "marginal_kernel": 48,
+    "marginal_kernel": 40,
     "condition_kernel": 32,
 }
-MOST_REGISTERS_OF_VECTOR = 48  # where numbers of at most four bytes are read in words of 16: what large arrays run on
-MOST_REGISTERS_OF_CHANNELS_LAST = 104  # where every element makes a block of random words: bound by arithmetic
+FREE_REGISTERS = {"75": 64, "120": 40}  # these hold 1024 and 1536 threads at most, with so many registers each
+
+# Where numbers of at most four bytes are read in words of 16: what large arrays run on.
+MOST_REGISTERS_OF_VECTOR = {"75": 48, "100": 56}
+# Where every element makes a block of random words: bound by arithmetic.
+MOST_REGISTERS_OF_CHANNELS_LAST = {"75": 104, "100": 64}
 
 # Arrays that the vector version of a kernel reads and writes.
 ARRAYS = {
@@ -50,11 +58,13 @@ ARRAYS = {
 }
 
 
-# The vector versions of kernels with several results, by their number: every thread keeps a chunk of each, 4 elements
-# of float32, and 8 of two bytes or as many registers of float64.
+# The vector versions of kernels with several results, from one to four: every thread keeps a chunk of each, 4 elements
+# of float32 (the first number), and 8 of two bytes or as many registers of float64 (the second).
 MOST_REGISTERS_BY_RESULTS = {
-    "combine_kernel": {1: (48, 48), 2: (64, 80), 3: (64, 80), 4: (64, 104)},
-    "stage_kernel": {1: (48, 64), 2: (48, 72), 3: (48, 80), 4: (48, 80)},
+    ("combine_kernel", "75"): ((48, 48), (64, 80), (64, 80), (64, 80)),
+    ("combine_kernel", "100"): ((48, 48), (64, 80), (64, 80), (64, 96)),
+    ("stage_kernel", "75"): ((48, 64), (48, 72), (48, 80), (48, 80)),
+    ("stage_kernel", "100"): ((48, 64), (48, 64), (64, 80), (64, 88)),
 }
 
 
@@ -78,40 +88,56 @@ class Kernel(NamedTuple):
         results, last = int(parts.get("results") or 1), parts.get("last") == "1"
         return cls(name, parts.get("vector") == "1", parts.get("storage", ""), results, last)
 
-    @property
-    def most_registers(self) -> int:
-        most = MOST_REGISTERS[self.name]
+    def most_registers(self, arch: str) -> int:
+        family = FAMILY_OF[arch]
         if self.channels_last:
-            return MOST_REGISTERS_OF_CHANNELS_LAST
-        if self.name in MOST_REGISTERS_BY_RESULTS:
-            return MOST_REGISTERS_BY_RESULTS[self.name][self.results][self.storage != "f"] if self.vector else most
-        # The sum of errors cancels, and is taken in double for every type.
-        in_double = self.storage == "d" or self.name == "error_kernel"
-        return min(most, MOST_REGISTERS_OF_VECTOR) if self.vector and not in_double else most
+            most = MOST_REGISTERS_OF_CHANNELS_LAST[family]
+        elif self.vector and (self.name, family) in MOST_REGISTERS_BY_RESULTS:
+            most = MOST_REGISTERS_BY_RESULTS[self.name, family][self.results - 1][self.storage != "f"]
+        elif self.vector and self.storage != "d" and self.name != "error_kernel":  # whose sum is in double
+            most = min(MOST_REGISTERS[self.name], MOST_REGISTERS_OF_VECTOR[family])
+        else:
+            most = MOST_REGISTERS[self.name]
+        return max(most, FREE_REGISTERS.get(arch, 0))
+
+
+class Compiled(NamedTuple):
+    """What ptxas says, by architecture, and the PTX, by family."""
+
+    reports: dict[str, str]
+    ptx: dict[str, str]
 
 
 @pytest.fixture(scope="module")
-def outputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """What ptxas reports for each architecture, and "ptx": the code for machines to come."""
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     folder = tmp_path_factory.mktemp("cuda_compile")
     flags = ast.literal_eval(re.search(r'nvcc_flags = (\["-.*?\])', (ROOT / "setup.py").read_text())[1])
     running = {}
     for source in SOURCES:
-        common = [NVCC, *flags, "-std=c++17", f"-I{ROOT}/csrc", source]
-        for arch in ARCHS:
-            generate = ["-gencode", f"arch=compute_{arch},code=sm_{arch}", "-Xptxas", "-v", "-c"]
-            running[source, arch] = [*common, *generate, "-o", folder / f"{source.stem}_{arch}.o"]
-        running[source, "ptx"] = [*common, "-ptx", "-arch", f"compute_{ARCHS[-1]}", "-o", folder / f"{source.stem}.ptx"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    running = {key: subprocess.Popen(command, **pipes) for key, command in running.items()}
+        for family, archs in FAMILIES.items():
+            kept = folder / f"{source.stem}_{family}"
+            kept.mkdir()
+            codes = ",".join(f"sm_{arch}" for arch in archs)
+            generate = ["-gencode", f"arch=compute_{family},code=[{codes}]", "-Xptxas", "-v", "-fatbin"]
+            keep = ["--keep", "--keep-dir", kept, "-o", kept / "fatbin"]
+            command = [NVCC, *flags, "-std=c++17", f"-I{ROOT}/csrc", source, *generate, *keep]
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+            running[family, kept / f"{source.stem}.ptx"] = subprocess.Popen(command, **pipes)
 
-    found = dict.fromkeys((*ARCHS, "ptx"), "")
-    for (source, what), process in running.items():
+    found = Compiled(dict.fromkeys(FAMILY_OF, ""), dict.fromkeys(FAMILIES, ""))
+    for (family, ptx), process in running.items():
         said, _ = process.communicate()
         assert process.returncode == 0, said
         assert "warning" not in said, said
-        found[what] += (folder / f"{source.stem}.ptx").read_text() if what == "ptx" else said
-    yield found
+        found.ptx[family] += ptx.read_text()
+        for report in re.split(r"(?=ptxas info\s*: Compiling entry function)", said)[1:]:
+            found.reports[re.search(r"for 'sm_(\d+)'", report)[1]] += report
+    return found
+
+
+@pytest.fixture(params=FAMILIES)
+def ptx(request: pytest.FixtureRequest, compiled: Compiled) -> str:
+    return compiled.ptx[request.param]
 
 
 def entries(ptx: str) -> Iterator[tuple[Kernel, str]]:
@@ -119,23 +145,41 @@ def entries(ptx: str) -> Iterator[tuple[Kernel, str]]:
         yield Kernel.of(re.match(r"\w+", part)[0]), part.split("\n}\n")[0]
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-def test_registers(arch: str, outputs: dict[str, str]) -> None:
-    report = re.compile(
-        r"Compiling entry function '(\w+)' for 'sm_\d+'.*?"
-        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
-        re.DOTALL,
-    )
-    kernels = [(Kernel.of(found[1]), *map(int, found.groups()[1:])) for found in report.finditer(outputs[arch])]
-    assert {kernel.name for kernel, *_ in kernels} == set(MOST_REGISTERS)
-    assert len(kernels) == outputs[arch].count("Compiling entry function")
-    for kernel, *memory, registers in kernels:
-        assert memory == [0, 0, 0], f"{kernel}: stack frame, spill stores and spill loads are {memory} bytes"
-        assert registers <= kernel.most_registers, f"{kernel}: {registers} registers"
+@pytest.mark.parametrize("arch", FAMILY_OF)
+def test_registers(arch: str, compiled: Compiled) -> None:
+    report = re.compile(r"Compiling entry function '(\w+)'.*?Used (\d+) registers", re.DOTALL)
+    kernels = [(Kernel.of(name), int(registers)) for name, registers in report.findall(compiled.reports[arch])]
+    assert {kernel.name for kernel, _ in kernels} == set(MOST_REGISTERS)
+    assert len(kernels) == compiled.ptx[FAMILY_OF[arch]].count(".entry ")
+    for kernel, registers in kernels:
+        assert registers <= kernel.most_registers(arch), f"{kernel}: {registers} registers"
 
 
-def test_arrays_are_read_and_written_in_words_of_16_bytes(outputs: dict[str, str]) -> None:
-    vector = [(kernel, code) for kernel, code in entries(outputs["ptx"]) if kernel.vector]
+@pytest.mark.parametrize("arch", FAMILY_OF)
+def test_nothing_lies_in_local_memory(arch: str, compiled: Compiled) -> None:
+    """Neither an array nor a register that was one too many, be it of a kernel or of a function that it calls."""
+    memory = re.compile(r"properties for (\w+)\s+(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill")
+    found = memory.findall(compiled.reports[arch])
+    assert len(found) >= compiled.reports[arch].count("Compiling entry function") > 0
+    assert {name: sizes for name, *sizes in found if sizes != ["0", "0", "0"]} == {}
+    assert not re.search(r"\.local\b", compiled.ptx[FAMILY_OF[arch]])
+
+
+def test_every_access_names_its_memory(ptx: str) -> None:
+    """An address of which the compiler does not know that makes a slower one, and might be one of local memory."""
+    accesses = set(re.findall(r"^\s+(?:@!?%p\d+ )?(?:ld|st)\.(\w+)", ptx, re.MULTILINE))
+    assert accesses == {"global", "param", "shared"}
+
+
+def test_code_is_the_same_for_all_architectures() -> None:
+    """Or a family would not have the same PTX."""
+    for path in (ROOT / "csrc").rglob("*"):
+        if path.is_file():
+            assert not re.search(r"__CUDA_ARCH(_\w*)?__(?!\))", path.read_text()), path
+
+
+def test_arrays_are_read_and_written_in_words_of_16_bytes(ptx: str) -> None:
+    vector = [(kernel, code) for kernel, code in entries(ptx) if kernel.vector]
     assert {kernel.name for kernel, _ in vector} == set(ARRAYS)
     for kernel, code in vector:
         reads, writes = ARRAYS[kernel.name]
@@ -149,19 +193,21 @@ def test_arrays_are_read_and_written_in_words_of_16_bytes(outputs: dict[str, str
         assert not re.search(rf"(ld|st)\.global(\.\w+)*\.[usb]{small}\s", code), kernel
 
 
-def test_sums_are_added_in_a_fixed_order(outputs: dict[str, str]) -> None:
-    assert not re.search(r"\b(atom|red)\.", outputs["ptx"])
+def test_chosen_rows_are_copied_bit_for_bit(ptx: str) -> None:
+    """NaNs too, which a conversion to float32 and back would change: the two types of two bytes have the same code."""
+    copies = [(kernel, code) for kernel, code in entries(ptx) if kernel.name == "put_kernel"]
+    bf16, f16 = (
+        {kernel.vector: re.sub(r"_Z\w+|BB\d+", "", code) for kernel, code in copies if name in kernel.storage}
+        for name in ("bf16", "3f16")
+    )
+    assert set(bf16) == {False, True} and bf16 == f16
 
 
-def test_products_and_sums_are_rounded_one_by_one(outputs: dict[str, str]) -> None:
+def test_sums_are_added_in_a_fixed_order(ptx: str) -> None:
+    assert not re.search(r"\b(atom|red)\.", ptx)
+
+
+def test_products_and_sums_are_rounded_one_by_one(ptx: str) -> None:
     """As on the CPU. (Noise asks for fused multiply-adds by name.)"""
-    plain = [
-        code
-        for kernel, code in entries(outputs["ptx"])
-        if kernel.name in ("combine_kernel", "stage_kernel", "error_kernel")
-    ]
+    plain = [code for kernel, code in entries(ptx) if kernel.name in ("combine_kernel", "stage_kernel", "error_kernel")]
     assert plain and not any("fma." in code for code in plain)
-
-
-def test_no_array_lies_in_local_memory(outputs: dict[str, str]) -> None:
-    assert not re.search(r"(ld|st)\.local", outputs["ptx"])

@@ -15,24 +15,24 @@ template <class T, bool vector, bool channels_last>
 SCORESDE_KERNEL affine_kernel(const __grid_constant__ AffineArgs args) {
   using A = compute_t<T>;
   for_each_chunk<T, vector>(args.rows, args.cols, [&](const Chunk& c) {
-    Values<T> mean = load<T, vector>(args.x, c);
+    Values<T, vector> mean = load<T, vector>(args.x, c);
     const A p = at_row<A>(args.p, c.row);
     if (args.out) {
-      const Values<T> out = load<T, vector>(args.out, c);
+      const Values<T, vector> out = load<T, vector>(args.out, c);
       const A q = at_row<A>(args.q, c.row);
-      for (int i = 0; i < chunk_size<T>; ++i) mean[i] = affine_mean(mean[i], out[i], p, q);
+      for (int i = 0; i < mean.size; ++i) mean[i] = affine_mean(mean[i], out[i], p, q);
     } else {
-      for (int i = 0; i < chunk_size<T>; ++i) mean[i] = p * mean[i];
+      for (int i = 0; i < mean.size; ++i) mean[i] = p * mean[i];
     }
-    Values<T> next;
+    Values<T, vector> next;
     if (args.next) {
-      const Values<T> z = load_noise<T, vector, channels_last>(args.noise, c);
+      const Values<T, vector> z = load_noise<T, vector, channels_last>(args.noise, c);
       const A n = at_row<A>(args.n, c.row);
-      for (int i = 0; i < chunk_size<T>; ++i) next[i] = affine_next(mean[i], z[i], n);
+      for (int i = 0; i < next.size; ++i) next[i] = affine_next(mean[i], z[i], n);
     }
     // All reads come before the writes, which would hold them up.
-    if (args.mean) store<T, vector>(args.mean, c, mean);
-    if (args.next) store<T, vector>(args.next, c, next);
+    if (args.mean) store(args.mean, c, mean);
+    if (args.next) store(args.next, c, next);
   });
 }
 
@@ -40,27 +40,27 @@ template <class T, bool vector, bool channels_last>
 SCORESDE_KERNEL residual_kernel(const __grid_constant__ ResidualArgs args) {
   using A = compute_t<T>;
   sum_tiles<T, vector>(args.rows, args.cols, args.partials, [&](const Chunk& chunk) {
-    Values<T> r;
+    Values<T, vector> r;
     const A c = args.c.data ? at_row<A>(args.c, chunk.row) : A{0};
     if (args.c.data) {
       r = load<T, vector>(args.out, chunk);
       if (has_noise(args.noise)) {
-        const Values<T> z = load_noise<T, vector, channels_last>(args.noise, chunk);
+        const Values<T, vector> z = load_noise<T, vector, channels_last>(args.noise, chunk);
         const A d = at_row<A>(args.d, chunk.row);
-        for (int i = 0; i < chunk_size<T>; ++i) r[i] = residual(r[i], z[i], c, d);
+        for (int i = 0; i < r.size; ++i) r[i] = residual(r[i], z[i], c, d);
       } else {
-        for (int i = 0; i < chunk_size<T>; ++i) r[i] = c * r[i];
+        for (int i = 0; i < r.size; ++i) r[i] = c * r[i];
       }
     } else {
       r = load_noise<T, vector, channels_last>(args.noise, chunk);
       const A d = at_row<A>(args.d, chunk.row);
-      for (int i = 0; i < chunk_size<T>; ++i) r[i] = d * r[i];
+      for (int i = 0; i < r.size; ++i) r[i] = d * r[i];
     }
     const double sum = sum_of_squares(r, chunk);
     if (args.grad) {
       const A slope = args.weighted_grad ? A{2} * at_row<A>(args.w, chunk.row) * c : A{2} * c;
-      for (int i = 0; i < chunk_size<T>; ++i) r[i] = residual_gradient(r[i], slope);
-      store<T, vector>(args.grad, chunk, r);
+      for (int i = 0; i < r.size; ++i) r[i] = residual_gradient(r[i], slope);
+      store(args.grad, chunk, r);
     }
     return sum;
   });
@@ -70,37 +70,38 @@ template <class T, bool vector, int n_results>
 SCORESDE_KERNEL combine_kernel(const __grid_constant__ CombineArgs args) {
   using A = compute_t<T>;
   for_each_chunk<T, vector>(args.rows, args.cols, [&](const Chunk& chunk) {
-    Values<T> sums[n_results];
-    const Values<T> first = load<T, vector>(args.arrays[0], chunk);
+    Values<T, vector> sums[n_results];
+    const Values<T, vector> first = load<T, vector>(args.arrays[0], chunk);
     for (int m = 0; m < n_results; ++m) {
       const A c = at_entry<A>(args.c, m, 0, chunk.row);
-      for (int i = 0; i < chunk_size<T>; ++i) sums[m][i] = c * first[i];
+      for (int i = 0; i < sums[m].size; ++i) sums[m][i] = c * first[i];
     }
-    // Two arrays at a time: enough reads under way, and registers left for the sums.
-#pragma unroll 2
+    // Two arrays at a time: enough reads under way. But where the sums leave no registers for that, or reading an array
+    // is several reads anyway.
+#pragma unroll(vector&& words_in<T> == 1 && sizeof(sums) <= 64 ? 2 : 1)
     for (int32_t k = 1; k < args.n_terms; ++k) {
-      const Values<T> a = load<T, vector>(args.arrays[k], chunk);
+      const Values<T, vector> a = load<T, vector>(args.arrays[k], chunk);
       for (int m = 0; m < n_results; ++m) {
         const A c = at_entry<A>(args.c, m, k, chunk.row);
-        for (int i = 0; i < chunk_size<T>; ++i) sums[m][i] = add_term(sums[m][i], a[i], c);
+        for (int i = 0; i < sums[m].size; ++i) sums[m][i] = add_term(sums[m][i], a[i], c);
       }
     }
-    for (int m = 0; m < n_results; ++m) store<T, vector>(args.results[m], chunk, sums[m]);
+    for (int m = 0; m < n_results; ++m) store(args.results[m], chunk, sums[m]);
   });
 }
 
 // The slope f x + q out of a chunk, or q out without f.
 template <class T, bool vector>
-__device__ __forceinline__ Values<T> drift_of(const Values<T>& x, const void* out, Coefficient f, Coefficient q,
-                                              const Chunk& c) {
+__device__ __forceinline__ Values<T, vector> drift_of(const Values<T, vector>& x, const void* out, Coefficient f,
+                                                      Coefficient q, const Chunk& c) {
   using A = compute_t<T>;
-  Values<T> slope = load<T, vector>(out, c);
+  Values<T, vector> slope = load<T, vector>(out, c);
   const A factor = at_row<A>(q, c.row);
   if (f.data) {
     const A of_x = at_row<A>(f, c.row);
-    for (int i = 0; i < chunk_size<T>; ++i) slope[i] = affine_mean(x[i], slope[i], of_x, factor);
+    for (int i = 0; i < slope.size; ++i) slope[i] = affine_mean(x[i], slope[i], of_x, factor);
   } else {
-    for (int i = 0; i < chunk_size<T>; ++i) slope[i] = factor * slope[i];
+    for (int i = 0; i < slope.size; ++i) slope[i] = factor * slope[i];
   }
   return slope;
 }
@@ -109,39 +110,40 @@ template <class T, bool vector, int lines>
 SCORESDE_KERNEL stage_kernel(const __grid_constant__ StageArgs args) {
   using A = compute_t<T>;
   for_each_chunk<T, vector>(args.rows, args.cols, [&](const Chunk& c) {
-    Values<T> sums[lines] = {}, x = {};
+    Values<T, vector> sums[lines] = {}, x = {};
     const bool with_x = args.out && args.f.data;
+#pragma unroll 2  // as above, and all sums leave registers for it
     for (int32_t s = 0; s < args.stages; ++s) {
-      const Values<T> slope = load<T, vector>(args.k[s], c);
+      const Values<T, vector> slope = load<T, vector>(args.k[s], c);
       for (int m = 0; m < lines; ++m) {
         const A weight = static_cast<A>(args.a[m][s]);
-        for (int i = 0; i < chunk_size<T>; ++i) sums[m][i] += weight * slope[i];
+        for (int i = 0; i < sums[m].size; ++i) sums[m][i] += weight * slope[i];
       }
       if (with_x && !args.x) {
         const A weight = static_cast<A>(args.at[s]);
-        for (int i = 0; i < chunk_size<T>; ++i) x[i] += weight * slope[i];
+        for (int i = 0; i < x.size; ++i) x[i] += weight * slope[i];
       }
     }
-    const Values<T> y = load<T, vector>(args.y, c);
+    const Values<T, vector> y = load<T, vector>(args.y, c);
     const A h = at_row<A>(args.h, c.row);
     if (args.out) {
       if (with_x && args.x) {
         x = load<T, vector>(args.x, c);
       } else {
-        for (int i = 0; i < chunk_size<T>; ++i) x[i] = affine_next(y[i], x[i], h);
+        for (int i = 0; i < x.size; ++i) x[i] = affine_next(y[i], x[i], h);
       }
-      const Values<T> slope = drift_of<T, vector>(x, args.out, args.f, args.q, c);
+      const Values<T, vector> slope = drift_of<T, vector>(x, args.out, args.f, args.q, c);
       for (int m = 0; m < lines; ++m) {
         const A weight = static_cast<A>(args.a_new[m]);
-        for (int i = 0; i < chunk_size<T>; ++i) sums[m][i] += weight * slope[i];
+        for (int i = 0; i < sums[m].size; ++i) sums[m][i] += weight * slope[i];
       }
-      if (args.k_new) store<T, vector>(args.k_new, c, slope);
+      if (args.k_new) store(args.k_new, c, slope);
     }
     for (int m = 0; m < lines; ++m) {
       if (m < args.states) {
-        for (int i = 0; i < chunk_size<T>; ++i) sums[m][i] = affine_next(y[i], sums[m][i], h);
+        for (int i = 0; i < sums[m].size; ++i) sums[m][i] = affine_next(y[i], sums[m][i], h);
       }
-      store<T, vector>(args.results[m], c, sums[m]);
+      store(args.results[m], c, sums[m]);
     }
   });
 }
@@ -150,20 +152,20 @@ template <class T, bool vector>
 SCORESDE_KERNEL error_kernel(const __grid_constant__ ErrorArgs args) {
   using A = compute_t<T>;
   sum_tiles<T, vector>(args.rows, args.cols, args.partials, [&](const Chunk& c) {
-    double sum[chunk_size<T>] = {};
+    double sum[chunk_size<T, vector>] = {};
     for (int32_t s = 0; s < args.stages; ++s) {
-      const Values<T> slope = load<T, vector>(args.k[s], c);
-      for (int i = 0; i < chunk_size<T>; ++i) sum[i] += args.e[s] * slope[i];
+      const Values<T, vector> slope = load<T, vector>(args.k[s], c);
+      for (int i = 0; i < slope.size; ++i) sum[i] += args.e[s] * slope[i];
     }
-    Values<T> error;
-    const Values<T> y0 = load<T, vector>(args.y0, c), y1 = load<T, vector>(args.y1, c);
+    Values<T, vector> error;
+    const Values<T, vector> y0 = load<T, vector>(args.y0, c), y1 = load<T, vector>(args.y1, c);
     if (args.out) {
-      const Values<T> slope = drift_of<T, vector>(y1, args.out, args.f, args.q, c);
-      for (int i = 0; i < chunk_size<T>; ++i) sum[i] += args.e_new * slope[i];
-      store<T, vector>(args.k_new, c, slope);
+      const Values<T, vector> slope = drift_of<T, vector>(y1, args.out, args.f, args.q, c);
+      for (int i = 0; i < slope.size; ++i) sum[i] += args.e_new * slope[i];
+      store(args.k_new, c, slope);
     }
     const A h = at_row<A>(args.h, c.row), rtol = static_cast<A>(args.rtol), atol = static_cast<A>(args.atol);
-    for (int i = 0; i < chunk_size<T>; ++i) {
+    for (int i = 0; i < error.size; ++i) {
       error[i] = scaled_error(h * static_cast<A>(sum[i]), y0[i], y1[i], rtol, atol);
     }
     return sum_of_squares(error, c);
@@ -173,7 +175,10 @@ SCORESDE_KERNEL error_kernel(const __grid_constant__ ErrorArgs args) {
 template <class T, bool vector>
 SCORESDE_KERNEL put_kernel(const __grid_constant__ PutArgs args) {
   for_each_chunk<T, vector>(args.rows, args.cols, [&](const Chunk& c) {
-    if (args.chosen[c.row * args.stride]) store<T, vector>(args.into, c, load<T, vector>(args.values, c));
+    if (!args.chosen[c.row * args.stride]) return;
+    T values[chunk_size<T, vector>];
+    load_raw<T, vector>(args.values, c, values);
+    store_raw<T, vector>(args.into, c, values);
   });
 }
 
@@ -181,7 +186,7 @@ template <Law law, bool vector>
 SCORESDE_KERNEL noise_kernel(const __grid_constant__ NoiseArgs args) {
   for_each_chunk<float, vector>(args.rows, args.cols, [&](const Chunk& c) {
     if constexpr (law == Law::normal) {
-      store<float, vector>(args.values, c, load_noise<float, vector>(args.noise, c));
+      store(args.values, c, load_noise<float, vector>(args.noise, c));
       return;
     }
     Words words[1];
@@ -269,8 +274,8 @@ uintptr_t join(Array* const* arrays, int32_t n) {
 // CPU cuts them.
 template <class T, class Args>
 int launch_chunks(void (*vector)(Args), void (*scalar)(Args), uintptr_t addresses, const Args& args, void* stream) {
-  constexpr int64_t size = chunk_size<T>;
-  const bool aligned = args.cols % size == 0 && addresses % 16 == 0;
+  const bool aligned = args.cols % chunk_size<T, true> == 0 && addresses % 16 == 0;
+  const int64_t size = aligned ? chunk_size<T, true> : chunk_size<T, false>;
   return launch(aligned ? vector : scalar, args.rows, (args.cols + size - 1) / size, Tiling::tile / size, args, stream);
 }
 

@@ -3,7 +3,7 @@
 // A thread works on a chunk at a time: neighbouring elements of one row, as many as make whole 16-byte words and whole
 // Philox blocks. A block is two-dimensional: x runs along the chunks of a row, y over rows, so that no index is
 // divided. Every loop is right for every grid. `vector`: all arrays are aligned to 16 bytes and rows are whole chunks;
-// otherwise elements are read and written one at a time.
+// otherwise elements are read and written one at a time, and a chunk is one Philox block.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -16,10 +16,10 @@ namespace scoresde::SCORESDE_ISA {
 
 constexpr int block_threads = 256;
 
+template <class T, bool vector>
+constexpr int chunk_size = vector && sizeof(T) == 2 ? 8 : 4;
 template <class T>
-constexpr int chunk_size = sizeof(T) == 2 ? 8 : 4;
-template <class T>
-constexpr int words_in = chunk_size<T> * sizeof(T) / sizeof(uint4);  // 16-byte words of a chunk
+constexpr int words_in = chunk_size<T, true> * sizeof(T) / sizeof(uint4);  // 16-byte words of a chunk
 
 // Elements [col, col + n) of a row, which lie from `offset` on. Only the last chunk of a row may be shorter than a
 // chunk.
@@ -30,16 +30,22 @@ struct Chunk {
 
 template <class T, bool vector>
 __device__ __forceinline__ Chunk chunk_at(int64_t row, int64_t col, int64_t cols) {
-  const int n = !vector && cols - col < chunk_size<T> ? static_cast<int>(cols - col) : chunk_size<T>;
+  constexpr int whole = chunk_size<T, vector>;
+  const int n = !vector && cols - col < whole ? static_cast<int>(cols - col) : whole;
+  // Hides from the compiler that a row is the same for all its chunks. It would compute the addresses of all arrays and
+  // coefficients before the loop over the chunks, and keep them in two registers each.
+  asm("" : "+l"(row), "+l"(col));
   return {row, col, row * cols + col, n};
 }
 
 // Calls body(chunk) for every chunk of the arrays.
 template <class T, bool vector, class Body>
 __device__ __forceinline__ void for_each_chunk(int64_t rows, int64_t cols, Body body) {
-  const int64_t first_col = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) * chunk_size<T>;
-  const int64_t row_step = int64_t{gridDim.y} * blockDim.y, col_step = int64_t{gridDim.x} * blockDim.x * chunk_size<T>;
+  constexpr int size = chunk_size<T, vector>;
+  const int64_t first_col = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) * size;
+  const int64_t row_step = int64_t{gridDim.y} * blockDim.y, col_step = int64_t{gridDim.x} * blockDim.x * size;
   for (int64_t row = int64_t{blockIdx.y} * blockDim.y + threadIdx.y; row < rows; row += row_step) {
+#pragma unroll 1  // rows seldom have more chunks than the grid has threads for them
     for (int64_t col = first_col; col < cols; col += col_step) body(chunk_at<T, vector>(row, col, cols));
   }
 }
@@ -47,33 +53,49 @@ __device__ __forceinline__ void for_each_chunk(int64_t rows, int64_t cols, Body 
 // ---- arrays ----
 
 // The elements of a chunk in the compute type; those beyond the end of the row are zero.
-template <class T>
+template <class T, bool vector>
 struct Values {
-  compute_t<T> v[chunk_size<T>];
+  static constexpr int size = chunk_size<T, vector>;
+  compute_t<T> v[size];
   __device__ __forceinline__ compute_t<T>& operator[](int i) { return v[i]; }
   __device__ __forceinline__ compute_t<T> operator[](int i) const { return v[i]; }
 };
 
+// The compiler finds out that an array is in global memory, but not where it has made copies of a loop, with and
+// without arrays that may be absent.
+__device__ __forceinline__ void known_as_global([[maybe_unused]] const void* array) {
+#ifdef __CUDACC__
+  __builtin_assume(__isGlobal(array));
+#endif
+}
+
 template <class T, bool vector>
-__device__ __forceinline__ Values<T> load(const void* array, const Chunk& c) {
+__device__ __forceinline__ void load_raw(const void* array, const Chunk& c, T (&stored)[chunk_size<T, vector>]) {
   const T* from = static_cast<const T*>(array) + c.offset;
-  T stored[chunk_size<T>] = {};
   if constexpr (vector) {
     uint4 words[words_in<T>];
     for (int i = 0; i < words_in<T>; ++i) words[i] = reinterpret_cast<const uint4*>(from)[i];
     memcpy(stored, words, sizeof(stored));
   } else {
-    for (int i = 0; i < chunk_size<T>; ++i) {
+    known_as_global(from);
+    for (int i = 0; i < chunk_size<T, vector>; ++i) {
+      stored[i] = T{};
       if (i < c.n) stored[i] = from[i];
     }
   }
-  Values<T> values;
-  for (int i = 0; i < chunk_size<T>; ++i) values[i] = widen(stored[i]);
+}
+
+template <class T, bool vector>
+__device__ __forceinline__ Values<T, vector> load(const void* array, const Chunk& c) {
+  Values<T, vector> values;
+  T stored[values.size];
+  load_raw<T, vector>(array, c, stored);
+  for (int i = 0; i < values.size; ++i) values[i] = widen(stored[i]);
   return values;
 }
 
 template <class T, bool vector>
-__device__ __forceinline__ void store_raw(void* array, const Chunk& c, const T (&stored)[chunk_size<T>]) {
+__device__ __forceinline__ void store_raw(void* array, const Chunk& c, const T (&stored)[chunk_size<T, vector>]) {
   T* to = static_cast<T*>(array) + c.offset;
   if constexpr (vector) {
     uint4 words[words_in<T>];
@@ -81,16 +103,17 @@ __device__ __forceinline__ void store_raw(void* array, const Chunk& c, const T (
     // A plain assignment may be taken apart into narrower stores.
     for (int i = 0; i < words_in<T>; ++i) __stwb(reinterpret_cast<uint4*>(to) + i, words[i]);
   } else {
-    for (int i = 0; i < chunk_size<T>; ++i) {
+    known_as_global(to);
+    for (int i = 0; i < chunk_size<T, vector>; ++i) {
       if (i < c.n) to[i] = stored[i];
     }
   }
 }
 
 template <class T, bool vector>
-__device__ __forceinline__ void store(void* array, const Chunk& c, const Values<T>& values) {
-  T stored[chunk_size<T>];
-  for (int i = 0; i < chunk_size<T>; ++i) stored[i] = narrow<T>(values[i]);
+__device__ __forceinline__ void store(void* array, const Chunk& c, const Values<T, vector>& values) {
+  T stored[values.size];
+  for (int i = 0; i < values.size; ++i) stored[i] = narrow<T>(values[i]);
   store_raw<T, vector>(array, c, stored);
 }
 
@@ -105,12 +128,13 @@ __device__ __forceinline__ void random_words_of(const Noise& noise, const Chunk&
 
 // Standard normals of neighbours in channels_last memory: each is of another block. That is four times the arithmetic,
 // and less than the passes over memory that another order of the arrays would take.
-template <class T>
-__device__ __forceinline__ Values<T> channels_last_noise(const Noise& noise, const Chunk& c) {
+template <class T, bool vector>
+__device__ __forceinline__ Values<T, vector> channels_last_noise(const Noise& noise, const Chunk& c) {
   const Stream stream = stream_of(noise, c.row);
   int64_t pixel = c.col / noise.channels, channel = c.col % noise.channels;
-  Values<T> z;
-  for (int i = 0; i < chunk_size<T>; ++i) {
+  Values<T, vector> z;
+#pragma unroll  // or z, whose index is not a constant then, lies in local memory
+  for (int i = 0; i < z.size; ++i) {
     const int64_t element = channel * noise.pixels + pixel;
     z[i] = normal_of(random_words(stream, static_cast<uint32_t>(element / 4)), static_cast<uint32_t>(element % 4));
     if (++channel == noise.channels) channel = 0, ++pixel;
@@ -121,13 +145,13 @@ __device__ __forceinline__ Values<T> channels_last_noise(const Noise& noise, con
 // Standard normals, whatever their source. `channels_last`: a stream whose elements lie in that order; kernels of their
 // own have it, for it takes twice the registers.
 template <class T, bool vector, bool channels_last = false>
-__device__ __forceinline__ Values<T> load_noise(const Noise& noise, const Chunk& c) {
-  if constexpr (channels_last) return channels_last_noise<T>(noise, c);
+__device__ __forceinline__ Values<T, vector> load_noise(const Noise& noise, const Chunk& c) {
+  if constexpr (channels_last) return channels_last_noise<T, vector>(noise, c);
   if (noise.array) return load<T, vector>(noise.array, c);
-  Words words[chunk_size<T> / 4];
+  Values<T, vector> z;
+  Words words[z.size / 4];
   random_words_of(noise, c, words);
-  Values<T> z;
-  for (int b = 0; b < chunk_size<T> / 4; ++b) {
+  for (int b = 0; b < z.size / 4; ++b) {
     const Pair first = normals_from(words[b].x, words[b].y), second = normals_from(words[b].z, words[b].w);
     z[4 * b] = first.a;
     z[4 * b + 1] = first.b;
@@ -166,7 +190,7 @@ __device__ __forceinline__ void sum_tiles(int64_t rows, int64_t cols, double* pa
   const int64_t tiles = (cols + Tiling::tile - 1) / Tiling::tile;
   for (int64_t first = int64_t{blockIdx.y} * blockDim.y; first < rows; first += int64_t{gridDim.y} * blockDim.y) {
     for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-      const int64_t row = first + threadIdx.y, col = tile * Tiling::tile + int64_t{threadIdx.x} * chunk_size<T>;
+      const int64_t row = first + threadIdx.y, col = tile * Tiling::tile + int64_t{threadIdx.x} * chunk_size<T, vector>;
       const bool inside = row < rows && col < cols;
       const double sum = sum_over_row_of_block(inside ? body(chunk_at<T, vector>(row, col, cols)) : 0.0);
       if (threadIdx.x == 0 && row < rows) partials[row * tiles + tile] = sum;
@@ -175,10 +199,10 @@ __device__ __forceinline__ void sum_tiles(int64_t rows, int64_t cols, double* pa
 }
 
 // The sum of squares of a chunk.
-template <class T>
-__device__ __forceinline__ double sum_of_squares(const Values<T>& r, const Chunk& c) {
+template <class T, bool vector>
+__device__ __forceinline__ double sum_of_squares(const Values<T, vector>& r, const Chunk& c) {
   compute_t<T> sum = 0;
-  for (int i = 0; i < chunk_size<T>; ++i) {
+  for (int i = 0; i < r.size; ++i) {
     if (i < c.n) sum += r[i] * r[i];
   }
   return sum;
