@@ -157,21 +157,22 @@ class _Replay:
         return integers
 
 
-class _InForce(threading.local):
-    source: Source = _Generator()
+_of_thread = threading.local()  # no subclass: torch.compile before 2.12 would take the attributes of its class
+_generator = _Generator()
 
 
-_in_force = _InForce()
+def _in_force() -> Source:
+    return getattr(_of_thread, "source", _generator)
 
 
 @contextmanager
 def _as_source(source: Source) -> Iterator[None]:
-    before = _in_force.source
-    _in_force.source = source
+    before = _in_force()
+    _of_thread.source = source
     try:
         yield
     finally:
-        _in_force.source = before
+        _of_thread.source = before
 
 
 @contextmanager
@@ -295,7 +296,7 @@ def part(seeds: Seeds, first: int, stop: int) -> Seeds:
 def run(device: torch.device | str) -> AbstractContextManager[None]:
     """For the length of a loop: one key from torch's generator instead of one a draw. Other sources stay as they
     are."""
-    if isinstance(_in_force.source, _Generator):
+    if isinstance(_in_force(), _Generator):
         return _as_source(_Streams(_new_key(torch.device(device)), None))
     return nullcontext()
 
@@ -303,7 +304,7 @@ def run(device: torch.device | str) -> AbstractContextManager[None]:
 def streams_in_force(device: torch.device) -> Any:
     """What a loop within :func:`run` or :func:`seeds` draws from, moved to the device: part of the loop's state. None
     under ``replay``, whose draws are not made but looked up."""
-    source = _in_force.source
+    source = _in_force()
     if not isinstance(source, _Streams):
         return None
     source.move(device)
@@ -313,7 +314,7 @@ def streams_in_force(device: torch.device) -> Any:
 def normal(like: Tensor) -> Draw:
     """The next draw of standard normal noise for an array like ``like``, to be handed to the functions of
     ``scoresde_ext.ops``."""
-    return _in_force.source.normal(like)
+    return _in_force().normal(like)
 
 
 def normal_tensor(like: Tensor) -> Tensor:
@@ -324,7 +325,7 @@ def normal_tensor(like: Tensor) -> Tensor:
 def streams(like: Tensor) -> tuple[Tensor, Tensor]:
     """``key, ids`` of the next draw, int64 ``(2,)`` and ``(B,)``, for code that makes more of its streams than one
     array. ValueError under ``replay``, which has none; call it within :func:`run` or :func:`seeds`."""
-    source = _in_force.source
+    source = _in_force()
     if not isinstance(source, _Streams):
         raise ValueError("noise.replay: expected noise.seeds, for how much is drawn here depends on the samples.")
     key, ids = source._next(like)
@@ -333,14 +334,14 @@ def streams(like: Tensor) -> tuple[Tensor, Tensor]:
 
 def uniform(like: Tensor) -> Tensor:
     """The next draw, uniform on [0, 1), of the shape, device and dtype of ``like``."""
-    return _in_force.source.uniform(like)
+    return _in_force().uniform(like)
 
 
 def times_and_normal(batch: Tensor) -> tuple[Tensor, Draw]:
     """The two draws of a training step: uniform on [0, 1), one a sample, ``(B,)`` in the batch's compute dtype; and
     normal noise. One key of torch's generator serves both."""
     dtype = ops.compute_dtype(batch)
-    if not isinstance(_in_force.source, _Generator):
+    if not isinstance(_in_force(), _Generator):
         return uniform(batch.new_empty(batch.shape[0], dtype=dtype)), normal(batch)
     key = _new_key(batch.device)
     u = ops.noise_uniform(key, None, 0, (batch.shape[0],))
@@ -349,7 +350,7 @@ def times_and_normal(batch: Tensor) -> tuple[Tensor, Draw]:
 
 def integers(high: int, like: Tensor) -> Tensor:
     """The next draw, uniform on {0, ..., high - 1}: int64, of the shape and on the device of ``like``."""
-    return _in_force.source.integers(high, like)
+    return _in_force().integers(high, like)
 
 
 class _TorchDraws(TorchFunctionMode):
@@ -371,7 +372,7 @@ def torch_draws() -> AbstractContextManager[Any]:
     """For code of the user's own that calls torch.randn, torch.rand or their ``_like`` forms: under ``replay`` and
     ``seeds`` they are answered from the source in force. Without these contexts nothing changes. A generator handed to
     torch.randn is not used then; integers and in-place draws stay torch's."""
-    return nullcontext() if isinstance(_in_force.source, _Generator) else _TorchDraws()
+    return nullcontext() if isinstance(_in_force(), _Generator) else _TorchDraws()
 
 
 def prior(sde: Any, shape: Sequence[int], device: torch.device | str) -> Tensor:
