@@ -120,7 +120,7 @@ def try_pair(folder: Path, python: str, torch: str, commit: str, arguments: list
             cwd=checkout, SCORESDE_EXT_CUDA="0", MAX_JOBS=str(os.cpu_count()), **environment,
         )  # fmt: skip
         step = "tests failed"
-        said = run(log, of_python, "-m", "pytest", "-q", "-n", "2", *arguments, cwd=checkout, **environment)
+        said = run(log, of_python, "-m", "pytest", "-n", "2", *arguments, cwd=checkout, **environment)
     except Failed as failed:
         last = str(failed).strip().splitlines()[-1] if step == "tests failed" else first_error(str(failed))
         return f"{step}: {last.strip('= ')}"
