@@ -1,5 +1,5 @@
-// Runs kernels on the machine as standard input says, and writes what they gave to standard output. The arguments are the
-// PTX files; the host code that launches the kernels is nvcc's own, linked to this.
+// Runs kernels on the machine as standard input says, and writes what they gave to standard output. The arguments are
+// the PTX files; the host code that launches the kernels is nvcc's own, linked to this.
 //
 // Input is a sequence of calls, each some of the following lines and a "run":
 //   number NAME VALUE          a field of the kernel's arguments
@@ -9,7 +9,8 @@
 //   poke NAME OFFSET BYTES     bytes of it, which follow
 //   peek NAME OFFSET BYTES     bytes of it that are in the answer
 //   set NAME VALUE             a setting of the machine
-//   run KERNEL                 calls it: one of csrc/kernels, or any entry of the PTX with the arrays as its parameters.
+//   run KERNEL                 calls it: one of csrc/kernels, or any entry of the PTX with the arrays as its
+//   parameters.
 //                              The answer is a line: "0" and then the bytes asked for, "error CODE", or "fault MESSAGE"
 //   list entries|launched      the answer is one line of names: all kernels of the PTX, or those that have run
 #include <sys/mman.h>

@@ -260,7 +260,8 @@ void call_set_conditional(Thread& t, const Instruction& i) {
   set_conditional(t.read<uint64_t>(i.operands[1]), t.read<uint32_t>(i.operands[2]));
 }
 void barrier(Thread& t, const Instruction& i) {
-  if (i.size != 1 || t.read<uint32_t>(i.operands[0]) != 0) throw Fault("waits at a barrier that is not the block's own");
+  if (i.size != 1 || t.read<uint32_t>(i.operands[0]) != 0)
+    throw Fault("waits at a barrier that is not the block's own");
   t.wait_at_barrier();
 }
 // down: from the lane `delta` further on. d|p, a, delta, bounds, mask; p may be missing.

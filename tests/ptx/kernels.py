@@ -58,8 +58,12 @@ class Kernels:
     def __enter__(self) -> "Kernels":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error is None:
+            self.close()
+        else:
+            self.process.kill()
+            self.process.communicate()
 
     def close(self) -> None:
         """The sanitizers of the host's code report at the end what has leaked."""

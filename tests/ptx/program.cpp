@@ -105,9 +105,14 @@ class Parser {
   void skip_line() {
     for (const int line = tokens_[at_].line; at_ < tokens_.size() && tokens_[at_].line == line;) ++at_;
   }
-  const std::string* keep(std::string name) {
-    program_.names.push_back(std::make_unique<std::string>(std::move(name)));
+  std::string* keep(const std::string& name) {
+    program_.names.push_back(std::make_unique<std::string>(name));
     return program_.names.back().get();
+  }
+  // The name of a source file, which comes after the code.
+  std::string* file(unsigned n) {
+    std::string*& name = files_[n];
+    return name ? name : name = keep("?");
   }
 
   [[noreturn]] void fail(const std::string& what) const {
@@ -129,8 +134,8 @@ class Parser {
       next();
       const unsigned n = number();
       const std::string quoted(next());
-      files_[n] = keep(quoted.substr(1, quoted.size() - 2));
-      skip_rest_of(".file");
+      *file(n) = quoted.substr(1, quoted.size() - 2);
+      skip_rest_of_line();
     } else if (word == ".section") {
       while (next() != "}") continue;
     } else if (word == ".shared") {
@@ -149,7 +154,7 @@ class Parser {
       throw Unknown("the machine does not know " + std::string(word));
     }
   }
-  void skip_rest_of(std::string_view) {
+  void skip_rest_of_line() {
     while (at_ < tokens_.size() && tokens_[at_].line == tokens_[at_ - 1].line) ++at_;
   }
 
@@ -274,9 +279,9 @@ class Parser {
         expect(";");
       } else if (word == ".loc") {
         next();
-        where_.source = files_[number()];
+        where_.source = file(number());
         where_.line = static_cast<int>(number());
-        skip_rest_of(".loc");
+        skip_rest_of_line();
       } else if (word == ".pragma") {
         while (next() != ";") continue;
       } else if (tokens_.at(at_ + 1).text == ":") {
@@ -342,7 +347,8 @@ class Parser {
     std::string shape;
     while (peek() != ";") {
       if (accept("{")) {
-        // mov.b64 {%r1, %r2}, %rd1 takes apart, mov.b64 %rd1, {%r1, %r2} puts together. Words of memory say it themselves.
+        // mov.b64 {%r1, %r2}, %rd1 takes apart, mov.b64 %rd1, {%r1, %r2} puts together. Words of memory say it
+        // themselves.
         if (name.substr(0, 4) == "mov.") shape = made.size == 0 ? " apart" : " together";
         do add(made, parse_operand(next(), name));
         while (accept(","));
@@ -414,7 +420,7 @@ class Parser {
   const std::string* path_;
   std::vector<Token> tokens_;
   size_t at_ = 0;
-  std::map<unsigned, const std::string*> files_;
+  std::map<unsigned, std::string*> files_;
 
   // Of the function that is being read.
   Function* function_ = nullptr;

@@ -35,10 +35,10 @@ std::string to_string(const Location& where);
 struct Instruction {
   Execute execute;
   std::array<Operand, 6> operands;
-  int size = 0;              // of the operands
-  int guard = -1;            // @%p: the predicate's register; -1: always
+  int size = 0;               // of the operands
+  int guard = -1;             // @%p: the predicate's register; -1: always
   bool guard_is_not = false;  // @!%p
-  int target = -1;           // of a branch: the instruction to go on with
+  int target = -1;            // of a branch: the instruction to go on with
   const Function* callee = nullptr;
   Location where;
 };

@@ -110,7 +110,8 @@ void** __cudaRegisterFatBinary(void*) {
 }
 void __cudaRegisterFatBinaryEnd(void**) {}
 void __cudaUnregisterFatBinary(void**) {}
-void __cudaRegisterFunction(void**, const char* host, char*, const char* name, int, uint3*, uint3*, dim3*, dim3*, int*) {
+void __cudaRegisterFunction(void**, const char* host, char*, const char* name, int, uint3*, uint3*, dim3*, dim3*,
+                            int*) {
   kernel_names()[host] = name;
 }
 unsigned __cudaPopCallConfiguration(dim3*, dim3*, size_t*, void*) { return 1; }  // of <<<>>>, which nobody uses
