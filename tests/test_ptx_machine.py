@@ -163,7 +163,7 @@ KERNEL = """
 .target sm_90
 .address_size 64
 .shared .align 8 .b8 shared[256];
-.extern .func elsewhere(.param .b32 x);
+.extern .func cudaGraphSetConditional(.param .b64 handle, .param .b32 value);
 .func (.param .b32 result) twice(.param .b32 x)
 {
   .reg .b32 %r<2>;
@@ -197,11 +197,11 @@ KERNEL = """
 """
 
 
-def run_probe(folder: Path, tmp_path: Path, body: str, threads: int = 32, words: int = 64) -> list[int]:
+def run_probe(
+    folder: Path, tmp_path: Path, body: str, threads: int = 32, words: int = 64, kernel: str = KERNEL
+) -> list[int]:
     """What the kernel writes when it is given the numbers 0, 1, ..."""
-    (tmp_path / "probe.ptx").write_text(
-        KERNEL.replace(".extern .func elsewhere(.param .b32 x);", "").replace("BODY", body)
-    )
+    (tmp_path / "probe.ptx").write_text(kernel.replace("BODY", body))
     given, result = torch.arange(words, dtype=torch.int32), torch.empty(threads, dtype=torch.int32)
     with Kernels(folder / "driver", tmp_path / "probe.ptx") as kernels:
         kernels.run("probe", {"1": result}, {"0": given}, grid=1, block=threads)
@@ -251,7 +251,8 @@ def test_what_is_right_is_run(body: str, right: list[int], folder: Path, tmp_pat
         ("sub.s64 %rd1, %out, %rd0; st.global.u32 [%rd1], %i;", "of 1, .*: a race, another thread writes there"),
         (LOAD + "st.global.u32 [%in+4], %r1;", "a race, another thread (reads|writes) there"),
         (LOAD + "bar.sync 0; st.global.u32 [%in+4], %r1;", "a race, another thread reads there"),
-        ("st.global.u32 [%out], %i; bar.sync 0; @%p1 ld.global.u32 %r1, [%out+4];", "a race, another thread writes there"),
+        ("st.global.u32 [%out], %i; bar.sync 0; @%p1 ld.global.u32 %r1, [%out+4];",
+         "a race, another thread writes there"),
         ("st.shared.u32 [%s+256], %i;", "of shared memory, which has 256: beyond the end"),
         ("st.shared.u64 [%s], %rd1;", "reads a register that nothing wrote"),
         ("st.shared.v2.u32 [%s], {%i, %i};", "of shared memory, .*: at a misaligned address"),
@@ -259,7 +260,7 @@ def test_what_is_right_is_run(body: str, right: list[int], folder: Path, tmp_pat
         (TO_SHARED + FROM_NEXT + "ld.shared.u32 %r1, [%r2];", "of shared memory, .*: (a race|nothing wrote there)"),
         (TO_SHARED + "bar.sync 0;" + FROM_NEXT + "ld.shared.u32 %r1, [%r2];" + TO_SHARED,
          "of shared memory, .*: a race, another thread (reads|writes) there"),
-        ("st.shared.u32 [%r7], %i;", "writes 4 bytes at byte 0 of shared memory, .*: a race, another thread writes there"),
+        ("st.shared.u32 [%r7], %i;", "writes 4 bytes at byte 0 of shared memory, .*: a race, another thread writes"),
         ("mov.u64 %rd1, own; ld.local.u32 %r1, [%rd1];", "of local memory, which has 16: nothing wrote there"),
         ("mov.u64 %rd1, own; st.local.u32 [%rd1+16], %i;", "of local memory, which has 16: beyond the end"),
         ("ld.param.u64 %rd1, [probe_1+8];", "of the parameters, which has 16: beyond the end"),
@@ -267,7 +268,8 @@ def test_what_is_right_is_run(body: str, right: list[int], folder: Path, tmp_pat
         ("mov.u32 %r1, %r2;", "reads a register that nothing wrote"),
         ("@%p2 ret;", "reads a register that nothing wrote"),
         ("@%p1 bar.sync 0;", "waits at a barrier that another thread does not reach"),
-        ("@%p1 bra L1; bar.sync 0; bra L2; L1: bar.sync 0; L2:", "waits at a barrier while another thread waits at another"),
+        ("@%p1 bra L1; bar.sync 0; bra L2; L1: bar.sync 0; L2:",
+         "waits at a barrier while another thread waits at another one"),
         ("bar.sync 1;", "waits at a barrier that is not the block's own"),
         ("@%p1 ret;" + SHUFFLE, "waits at a shuffle that a lane of its mask does not reach"),
         ("@%p1 bar.sync 0;" + SHUFFLE + "bar.sync 0;", "waits at a shuffle that a lane of its mask does not reach"),
@@ -276,6 +278,9 @@ def test_what_is_right_is_run(body: str, right: list[int], folder: Path, tmp_pat
         ("shfl.sync.down.b32 %r1, %i, 1, 4127, 65535;", "shuffles and is not in its own mask"),
         (SHUFFLE_BELOW_16.replace("BOUNDS", "31"), "shuffles the value of a lane outside its mask"),
         ("div.u32 %r1, 7, 0;", "divides by zero"),
+        ("{ .param .b32 a; st.param.b32 [a+4], %i; }", "writes a part of an argument"),
+        ("{ .param .b32 a; st.param.b32 [a], %i; ld.param.b32 %r1, [a+4]; }", "reads a part of an argument"),
+        ("call.uni cudaGraphSetConditional, (0, %i);", "sets a condition that does not exist"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_a_fault(body: str, says: str, folder: Path, tmp_path: Path) -> None:
@@ -318,6 +323,14 @@ def test_a_launch_of_too_many_threads(folder: Path, tmp_path: Path) -> None:
         ("call.uni (%r1), twice, (%i, %i);", "a call with other arguments"),
         (".shared .align 4 .b8 more[4];", "does not know .shared"),
         ("add.s32 %r1, %r2, %r3, %r4, %r5, %r6, %r7;", "too many operands"),
+        ("add.s32 %r1, %r2;", "another number of operands than add.s32 has"),
+        ("add.s32 1, %r2, %r3;", "a result that is no register"),
+        ("add.s32 %r1 %r2, %r3;", "operands that cannot be read"),
+        ("@1 ret;", "a guard that is no register"),
+        ("mov.u32 %r1, 12z;", "a number that is none"),
+        ("ld.global.u32 %r1, [%in;", "expected ] before ;"),
+        (".reg .b32 %q<many>;", "text that cannot be read"),
+        (".reg .b128 %q;", "does not know the type .b128"),
     ],
 )  # fmt: skip
 def test_what_the_machine_does_not_know_it_refuses(body: str, says: str, folder: Path, tmp_path: Path) -> None:
@@ -325,13 +338,23 @@ def test_what_the_machine_does_not_know_it_refuses(body: str, says: str, folder:
         run_probe(folder, tmp_path, body)
 
 
-def test_a_function_that_is_nowhere_defined(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "probe.ptx").write_text(KERNEL.replace("BODY", ""))
-    with (
-        pytest.raises(AssertionError, match="elsewhere is nowhere defined"),
-        Kernels(folder / "driver", tmp_path / "probe.ptx") as kernels,
-    ):
-        kernels.names("entries")
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        (".visible", ".global .align 4 .b8 variable[4];\n.visible", "does not know .global"),
+        (".extern", ".extern .func elsewhere(.param .b32 x);\n.extern", "elsewhere is nowhere defined"),
+        (") twice(", ") probe(", "a second probe"),
+        ("twice(.param .b32 x)", "twice(.param .align 8 .b8 x[16])", "an argument of more than a register"),
+        ("  .reg .b32 %r<2>;", "  .local .align 8 .b8 own[16];", "does not know .local"),
+        ("  ret;\n}\n", "  ret;\n", "the file ends too early"),
+        (".maxntid 64", ".minnctapersm 2", "expected { before .minnctapersm"),
+    ],
+)
+def test_a_file_that_the_machine_does_not_know(old: str, new: str, says: str, folder: Path, tmp_path: Path) -> None:
+    kernel = new.join(KERNEL.rsplit(old, 1))
+    assert kernel != KERNEL
+    with pytest.raises(AssertionError, match=rf"probe\.ptx(:\d+)?: .*{re.escape(says)}"):
+        run_probe(folder, tmp_path, "", kernel=kernel)
 
 
 # Results as PTX defines them where C++ or plain habit say otherwise.
@@ -359,7 +382,7 @@ RESULTS = [
     ("mov.f32 %f1, 0fFFC00000; abs.f32 %f1, %f1; mov.b32 %r1, %f1;", 0x7FC00000),
     ("cvt.rn.f32.u32 %f1, -1; mov.b32 %r1, %f1;", 0x4F800000),
     ("cvt.rn.f32.s32 %f1, 16777217; mov.b32 %r1, %f1;", 0x4B800000),
-    ("mov.f64 %fd1, 0dBFF8000000000000; cvt.rzi.f64.f64 %fd1, %fd1; cvt.rn.f32.f64 %f1, %fd1; mov.b32 %r1, %f1;", -1082130432),
+    ("cvt.rzi.f64.f64 %fd1, 0dBFF8000000000000; cvt.rn.f32.f64 %f1, %fd1; mov.b32 %r1, %f1;", 0xBF800000 - 2**32),
     ("mov.f32 %f1, 0f3F800001; fma.rn.f32 %f1, %f1, %f1, 0fBF800002; mov.b32 %r1, %f1;", 0x28800000),
     ("mov.f32 %f1, 0f3F800001; mul.rn.f32 %f1, %f1, %f1; add.rn.f32 %f1, %f1, 0fBF800002; mov.b32 %r1, %f1;", 0),
     ("cvt.s64.s32 %rd1, -2; { .reg .b32 %low; mov.b64 {%low, %r1}, %rd1; }", -1),

@@ -9,14 +9,13 @@
 //   poke NAME OFFSET BYTES     bytes of it, which follow
 //   peek NAME OFFSET BYTES     bytes of it that are in the answer
 //   set NAME VALUE             a setting of the machine
-//   run KERNEL                 calls it: one of csrc/kernels, or any entry of the PTX with the arrays as its
-//   parameters.
-//                              The answer is a line: "0" and then the bytes asked for, "error CODE", or "fault MESSAGE"
+//   run KERNEL                 calls it: one of csrc/kernels, or any entry of the PTX, whose parameters are the arrays.
+//                              The answer is a line: "0" and then the bytes asked for, "error CODE", "fault MESSAGE"
 //   list entries|launched      the answer is one line of names: all kernels of the PTX, or those that have run
 #include <sys/mman.h>
 
-#include <cstdio>
 #include <cstring>
+#include <functional>
 #include <iostream>
 #include <map>
 #include <memory>
@@ -41,9 +40,10 @@ class Call {
     return arrays_[name] = add_to_machine(name, start + shift, bytes, is_written, true);
   }
   char* add_huge_array(const std::string& name, size_t bytes) {
-    void* start = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    const size_t mapped = bytes + 4096;  // which keeps it apart from the next one
+    void* start = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (start == MAP_FAILED) throw std::bad_alloc();
-    memory_.emplace_back(static_cast<char*>(start), [bytes](char* p) { munmap(p, bytes); });
+    memory_.emplace_back(static_cast<char*>(start), [mapped](char* p) { munmap(p, mapped); });
     return arrays_[name] = add_to_machine(name, static_cast<char*>(start), bytes, true, false);
   }
 
@@ -94,7 +94,7 @@ class Call {
 // A loop on the device over a step that counts, and clears the flag when it has counted `enough`, `launches` times.
 int run_loop(int64_t enough, int64_t launches, int32_t* flag, int32_t* count) {
   *count = 0;
-  ptx::machine().forget_arrays();
+  ptx::machine().forget_arrays();  // as a result the flag would be one that nothing wrote
   ptx::machine().add_array("flag", reinterpret_cast<char*>(flag), sizeof *flag, true, true);
   ptx::Graph step;
   step.add([=] {

@@ -196,62 +196,93 @@ bool is_not(T a, T b) {
 // ---- how they take their operands ----
 
 template <class To, class From, To (*f)(From)>
-void unary(Thread& t, const Instruction& i) {
+void execute_unary(Thread& t, const Instruction& i) {
   t.write<To>(i.operands[0], f(t.read<From>(i.operands[1])));
 }
+template <class To, class From, To (*f)(From)>
+constexpr Encoding unary{execute_unary<To, From, f>, 2, 1};
+
 template <class To, class A, class B, To (*f)(A, B)>
-void binary(Thread& t, const Instruction& i) {
+void execute_binary(Thread& t, const Instruction& i) {
   t.write<To>(i.operands[0], f(t.read<A>(i.operands[1]), t.read<B>(i.operands[2])));
 }
+template <class To, class A, class B, To (*f)(A, B)>
+constexpr Encoding binary{execute_binary<To, A, B, f>, 3, 1};
+
 template <class T, T (*f)(T, T, T)>
-void ternary(Thread& t, const Instruction& i) {
+void execute_ternary(Thread& t, const Instruction& i) {
   t.write<T>(i.operands[0], f(t.read<T>(i.operands[1]), t.read<T>(i.operands[2]), t.read<T>(i.operands[3])));
 }
+template <class T, T (*f)(T, T, T)>
+constexpr Encoding ternary{execute_ternary<T, f>, 4, 1};
+
 template <class T>
-void select(Thread& t, const Instruction& i) {
+void execute_select(Thread& t, const Instruction& i) {
   t.write<T>(i.operands[0], t.read<T>(t.read<bool>(i.operands[3]) ? i.operands[1] : i.operands[2]));
 }
 template <class T>
-void move(Thread& t, const Instruction& i) {
+constexpr Encoding select{execute_select<T>, 4, 1};
+
+template <class T>
+void execute_move(Thread& t, const Instruction& i) {
   t.write<T>(i.operands[0], t.read<T>(i.operands[1]));
 }
+template <class T>
+constexpr Encoding move{execute_move<T>, 2, 1};
+
 template <class T, class Half>
-void take_apart(Thread& t, const Instruction& i) {
+void execute_take_apart(Thread& t, const Instruction& i) {
   const T whole = t.read<T>(i.operands[2]);
   t.write<Half>(i.operands[0], static_cast<Half>(whole));
   t.write<Half>(i.operands[1], static_cast<Half>(whole >> (8 * sizeof(Half))));
 }
 template <class T, class Half>
-void put_together(Thread& t, const Instruction& i) {
+constexpr Encoding take_apart{execute_take_apart<T, Half>, 3, 2};
+
+template <class T, class Half>
+void execute_put_together(Thread& t, const Instruction& i) {
   const T low = t.read<Half>(i.operands[1]), high = t.read<Half>(i.operands[2]);
   t.write<T>(i.operands[0], low | high << (8 * sizeof(Half)));
 }
+template <class T, class Half>
+constexpr Encoding put_together{execute_put_together<T, Half>, 3, 1};
 
 template <Space space, class T, int n>
-void load(Thread& t, const Instruction& i) {
+void execute_load(Thread& t, const Instruction& i) {
   T values[n];
   const uint64_t address = t.read<uint64_t>(i.operands[n]) + i.operands[n + 1].constant;
   std::memcpy(values, t.access(space, address, sizeof values, false), sizeof values);
   for (int k = 0; k < n; ++k) t.write<T>(i.operands[k], values[k]);
 }
 template <Space space, class T, int n>
-void store(Thread& t, const Instruction& i) {
+constexpr Encoding load{execute_load<space, T, n>, n + 2, n};
+
+template <Space space, class T, int n>
+void execute_store(Thread& t, const Instruction& i) {
   T values[n];
   for (int k = 0; k < n; ++k) values[k] = t.read<T>(i.operands[2 + k]);
   const uint64_t address = t.read<uint64_t>(i.operands[0]) + i.operands[1].constant;
   std::memcpy(t.access(space, address, sizeof values, true), values, sizeof values);
 }
-// Arguments of calls, which are registers.
+template <Space space, class T, int n>
+constexpr Encoding store{execute_store<space, T, n>, n + 2, 0};
+
+// Arguments and results of calls are registers; the offset in them must be 0.
 template <class T>
-void load_argument(Thread& t, const Instruction& i) {
+void execute_load_argument(Thread& t, const Instruction& i) {
   if (i.operands[2].constant != 0) throw Fault("reads a part of an argument");
   t.write<T>(i.operands[0], t.read<T>(i.operands[1]));
 }
 template <class T>
-void store_argument(Thread& t, const Instruction& i) {
+constexpr Encoding load_argument{execute_load_argument<T>, 3, 1};
+
+template <class T>
+void execute_store_argument(Thread& t, const Instruction& i) {
   if (i.operands[1].constant != 0) throw Fault("writes a part of an argument");
   t.write<T>(i.operands[0], t.read<T>(i.operands[2]));
 }
+template <class T>
+constexpr Encoding store_argument{execute_store_argument<T>, 3, 1};
 
 void branch(Thread& t, const Instruction& i) { t.jump(i.target); }
 void leave(Thread& t, const Instruction&) { t.leave(); }
@@ -260,19 +291,19 @@ void call_set_conditional(Thread& t, const Instruction& i) {
   set_conditional(t.read<uint64_t>(i.operands[1]), t.read<uint32_t>(i.operands[2]));
 }
 void barrier(Thread& t, const Instruction& i) {
-  if (i.size != 1 || t.read<uint32_t>(i.operands[0]) != 0)
-    throw Fault("waits at a barrier that is not the block's own");
+  if (t.read<uint32_t>(i.operands[0]) != 0) throw Fault("waits at a barrier that is not the block's own");
   t.wait_at_barrier();
 }
-// down: from the lane `delta` further on. d|p, a, delta, bounds, mask; p may be missing.
+// From the lane `delta` further on: result, a, delta, bounds, mask; or result|predicate.
+template <int results>
 void shuffle_down(Thread& t, const Instruction& i) {
-  const auto from_end = [&](int k) { return t.read<uint32_t>(i.operands[i.size - k]); };
-  t.wait_at_shuffle({from_end(4), from_end(3), from_end(2), from_end(1)});
+  const auto source = [&](int k) { return t.read<uint32_t>(i.operands[results + k]); };
+  t.wait_at_shuffle({source(0), source(1), source(2), source(3)});
 }
 
 // ---- their names ----
 
-using Table = std::unordered_map<std::string, Execute>;
+using Table = std::unordered_map<std::string, Encoding>;
 
 template <class T>
 void add_comparisons(Table& table, const std::string& type) {
@@ -443,19 +474,20 @@ Table all_instructions() {
     table["st.param" + type + " register"] = store_argument<decltype(number)>;
   });
 
-  table["bra"] = branch;
-  table["ret"] = leave;
-  table["bar.sync"] = barrier;
-  table["shfl.sync.down.b32"] = shuffle_down;
+  table["bra"] = {branch, 0, 0};
+  table["ret"] = {leave, 0, 0};
+  table["bar.sync"] = {barrier, 1, 0};
+  table["shfl.sync.down.b32"] = {shuffle_down<1>, 5, 1};
+  table["shfl.sync.down.b32 and predicate"] = {shuffle_down<2>, 6, 2};
   return table;
 }
 
 }  // namespace
 
-Execute instruction_named(const std::string& name) {
+Encoding encoding_named(const std::string& name) {
   static const Table table = all_instructions();
   const auto found = table.find(name);
-  return found == table.end() ? nullptr : found->second;
+  return found == table.end() ? Encoding{} : found->second;
 }
 
 bool is_of_machine(const Function& function) { return function.name == "cudaGraphSetConditional"; }

@@ -70,19 +70,18 @@ char* Thread::access(Space space, uint64_t address, size_t bytes, bool writes) {
   const uint32_t launch = machine_->launches_, phase = machine_->phases_;
   switch (space) {
     case Space::global: {
-      const Size at = machine_->block_at_;
-      const uint32_t block = at.y * machine_->grid_.x + at.x;
-      return machine_->array_at(address, bytes, writes)
-          .access(address, bytes, writes, {launch, block * 1024 + number_});
+      const Size grid = machine_->grid_, at = machine_->block_at_;
+      const uint32_t thread = ((at.z * grid.y + at.y) * grid.x + at.x) * 1024 + number_;
+      return machine_->array_at(address, bytes, writes).access(address, bytes, writes, {launch, thread});
     }
     case Space::shared:
       return machine_->shared_.access(address, bytes, writes, {phase, number_});
     case Space::local:
       return local_.access(address, bytes, writes, {phase, number_});
     case Space::parameters:
-      return machine_->parameters_.access(address, bytes, writes, {launch, 0});
+      break;
   }
-  throw Fault("no such memory");
+  return machine_->parameters_.access(address, bytes, writes, {launch, 0});
 }
 
 // ---- threads ----
@@ -114,8 +113,6 @@ void Thread::use(Frame& frame) {
 void Thread::call(const Instruction& call) {
   uint64_t arguments[std::tuple_size_v<decltype(call.operands)>];
   for (int i = 1; i < call.size; ++i) arguments[i] = read<uint64_t>(call.operands[i]);
-  if (call.callee->local_bytes > 0)
-    throw Fault("calls a function that has local memory, which the machine does not know");
   frames_.back().next = next_;
   set_up(frames_.emplace_back(), *call.callee);
   for (int i = 1; i < call.size; ++i) {
@@ -167,8 +164,10 @@ void Machine::launch(const Function& kernel, Size grid, Size block, void** argum
     return ends > 0 && i + 1 == ends && n > 2 * ends ? n - ends : i + 1;
   };
   try {
-    for (unsigned y = 0; y < grid.y; y = after(y, grid.y)) {
-      for (unsigned x = 0; x < grid.x; x = after(x, grid.x)) run_block(kernel, grid, block, {x, y, 0});
+    for (unsigned z = 0; z < grid.z; ++z) {
+      for (unsigned y = 0; y < grid.y; y = after(y, grid.y)) {
+        for (unsigned x = 0; x < grid.x; x = after(x, grid.x)) run_block(kernel, grid, block, {x, y, z});
+      }
     }
   } catch (const Fault& fault) {
     std::ostringstream what;
@@ -223,10 +222,10 @@ bool Machine::meet_in_warp(size_t first) {
   for (const unsigned lane : lanes) {
     if (begin + lane >= end) throw Fault("shuffles with lanes that the block does not have");
     const Thread& other = begin[lane];
-    if (other.state_ != Thread::State::at_shuffle)
-      throw Fault("waits at a shuffle that a lane of its mask does not reach");
-    if (other.now_ != waiting->now_ || other.shuffle_.mask != mask)
-      throw Fault("shuffles with lanes that are at another shuffle");
+    const bool is_there = other.state_ == Thread::State::at_shuffle;
+    if (!is_there) throw Fault("waits at a shuffle that a lane of its mask does not reach");
+    const bool is_same = other.now_ == waiting->now_ && other.shuffle_.mask == mask;
+    if (!is_same) throw Fault("shuffles with lanes that are at another shuffle");
   }
   uint32_t values[32];
   for (const unsigned lane : lanes) values[lane] = begin[lane].shuffle_.value;

@@ -2,6 +2,7 @@
 #include "program.h"
 
 #include <algorithm>
+#include <cctype>
 #include <cstring>
 #include <fstream>
 #include <sstream>
@@ -82,8 +83,8 @@ class Parser {
   void parse() {
     try {
       while (at_ < tokens_.size()) parse_directive();
-    } catch (const std::logic_error&) {  // of std::stoi and its like
-      fail("a number that cannot be read");
+    } catch (const std::logic_error&) {  // of std::stoul and its like
+      fail("text that cannot be read");
     } catch (const Unknown& unknown) {
       fail(unknown.what());
     }
@@ -102,8 +103,15 @@ class Parser {
     if (!accept(text)) throw Unknown("expected " + std::string(text) + " before " + std::string(peek()));
   }
   unsigned number() { return static_cast<unsigned>(std::stoul(std::string(next()))); }
-  void skip_line() {
-    for (const int line = tokens_[at_].line; at_ < tokens_.size() && tokens_[at_].line == line;) ++at_;
+  void skip_rest_of_line() {
+    while (at_ < tokens_.size() && tokens_[at_].line == tokens_[at_ - 1].line) ++at_;
+  }
+  // One or more, with commas between them.
+  template <class F>
+  void parse_list(F parse_one) {
+    do {
+      parse_one();
+    } while (accept(","));
   }
   std::string* keep(const std::string& name) {
     program_.names.push_back(std::make_unique<std::string>(name));
@@ -127,7 +135,7 @@ class Parser {
   void parse_directive() {
     const std::string_view word = peek();
     if (word == ".version" || word == ".target") {
-      skip_line();
+      next(), skip_rest_of_line();
     } else if (word == ".address_size") {
       next(), expect("64");
     } else if (word == ".file") {
@@ -148,14 +156,9 @@ class Parser {
     } else if (word == ".entry" || word == ".func") {
       next();
       parse_function(word == ".entry");
-    } else if (ends_with(word, ":") || (word.substr(0, 1) == "$" && tokens_.at(at_ + 1).text == ":")) {
-      at_ += 2;  // where the last function ends, for debuggers
     } else {
       throw Unknown("the machine does not know " + std::string(word));
     }
-  }
-  void skip_rest_of_line() {
-    while (at_ < tokens_.size() && tokens_[at_].line == tokens_[at_ - 1].line) ++at_;
   }
 
   struct Array {
@@ -193,17 +196,12 @@ class Parser {
     }
     parsed.name = std::string(next());
     if (accept("(")) {
-      if (peek() != ")") {
-        do parsed.parameters.push_back(parse_parameter(is_entry));
-        while (accept(","));
-      }
+      if (peek() != ")") parse_list([&] { parsed.parameters.push_back(parse_parameter(is_entry)); });
       expect(")");
     }
-    while (peek() == ".maxntid" || peek() == ".reqntid" || peek() == ".noreturn") {
-      const bool is_size = next() != ".noreturn";
-      if (!is_size) continue;
-      parsed.most_threads = number();
-      while (accept(",")) parsed.most_threads *= number();
+    if (accept(".maxntid")) {
+      parsed.most_threads = 1;
+      parse_list([&] { parsed.most_threads *= number(); });
     }
     // A call that stood before this keeps pointing at the function.
     std::unique_ptr<Function>& known = program_.functions[parsed.name];
@@ -217,20 +215,18 @@ class Parser {
     *known = std::move(parsed);
   }
 
-  // .param .u64 name, .param .align 8 .b8 name[56]
+  // .param .u64 name, .param .u64 .ptr .global .align 16 name, .param .align 8 .b8 name[56]
   Parameter parse_parameter(bool in_memory) {
     expect(".param");
     unsigned align = 0;
     if (accept(".align")) align = number();
-    const unsigned width = width_of(next());
-    if (align == 0) align = width;
-    if (accept(".ptr")) {
-      if (accept(".global") || accept(".const") || accept(".shared") || accept(".local")) {
-      }
+    unsigned bytes = width_of(next());
+    if (align == 0) align = bytes;
+    if (accept(".ptr")) {  // what the pointer points at, which needs no belief: accesses are checked
+      accept(".global");
       if (accept(".align")) number();
     }
     const std::string name(next());
-    unsigned bytes = width;
     if (accept("[")) bytes *= number(), expect("]");
     if (!in_memory) {
       if (bytes > 8) throw Unknown("an argument of more than a register");
@@ -259,19 +255,19 @@ class Parser {
   void parse_body() {
     for (size_t depth = 1; depth > 0;) {
       const std::string_view word = peek();
+      if (word.empty()) next();  // says that the file ends
       if (accept("{")) {
         ++depth, scopes_.emplace_back();
       } else if (accept("}")) {
         --depth, scopes_.pop_back();
       } else if (word == ".reg") {
         next(), width_of(next());
-        do parse_registers();
-        while (accept(","));
+        parse_list([&] { parse_registers(); });
         expect(";");
       } else if (word == ".param") {
         parse_parameter(false);
         expect(";");
-      } else if (word == ".local") {
+      } else if (word == ".local" && function_->is_entry) {
         next();
         const auto [name, bytes, start] = parse_array(function_->local_bytes + first_address);
         scopes_.back()[name] = {-1, start};
@@ -322,55 +318,57 @@ class Parser {
       made.guard = parse_operand(next(), "").index;
       if (made.guard < 0) throw Unknown("a guard that is no register");
     }
-    std::string name(next());
-    const bool is_call = name == "call" || name == "call.uni";
-    if (is_call) {
+    const std::string name(next());
+    if (name == "call" || name == "call.uni") {
       parse_call(made);
     } else if (name == "bra" || name == "bra.uni") {
       branches_.emplace_back(function_->code.size(), std::string(next()));
-      made.execute = instruction_named("bra");
+      made.execute = encoding_named("bra").execute;
     } else {
-      name += parse_operands(made, name);
-      made.execute = instruction_named(name);
-    }
-    if (made.execute == nullptr) {
-      --at_;  // its last token is of its line
-      throw Unknown("the machine does not know the instruction " + name);
+      const std::string whole_name = name + parse_operands(made, name);
+      const Encoding encoding = encoding_named(whole_name);
+      made.execute = encoding.execute;
+      if (made.execute == nullptr) throw_at_instruction("the machine does not know the instruction " + whole_name);
+      if (made.size != encoding.operands) throw_at_instruction("another number of operands than " + name + " has");
+      for (int i = 0; i < encoding.results; ++i) {
+        if (made.operands[i].index < 0) throw_at_instruction("a result that is no register");
+      }
     }
     expect(";");
     function_->code.push_back(made);
   }
 
-  // The operands up to the end. Returns what they add to the instruction's name: its shape, where that is not the plain
-  // one.
+  [[noreturn]] void throw_at_instruction(const std::string& what) {
+    --at_;  // the last token of it is on its line
+    throw Unknown(what);
+  }
+
+  // Up to the semicolon. Returns what their form adds to the instruction's name: where they are no plain list.
   std::string parse_operands(Instruction& made, const std::string& name) {
-    std::string shape;
+    std::string form;
     while (peek() != ";") {
       if (accept("{")) {
-        // mov.b64 {%r1, %r2}, %rd1 takes apart, mov.b64 %rd1, {%r1, %r2} puts together. Words of memory say it
-        // themselves.
-        if (name.substr(0, 4) == "mov.") shape = made.size == 0 ? " apart" : " together";
-        do add(made, parse_operand(next(), name));
-        while (accept(","));
+        // {%r1, %r2}, %rd1 takes apart, and %rd1, {%r1, %r2} puts together. (Loads and stores of several words have
+        // their number in their names.)
+        if (name.substr(0, 4) == "mov.") form = made.size == 0 ? " apart" : " together";
+        parse_list([&] { add(made, parse_operand(next(), name)); });
         expect("}");
       } else if (accept("[")) {
-        add(made, parse_operand(next(), "address"));
-        Operand offset{};
-        if (accept("+")) offset.constant = constant_of(next(), "address");
-        if (peek() != "]") throw Unknown("an address that is not [register + number]");
-        next();
-        add(made, offset);
+        const std::string_view base = next();
+        add(made, parse_operand(base, "address"));
+        if (made.operands[made.size - 1].index >= 0 && base[0] != '%') form = " register";  // an argument of a call
+        add(made, {-1, accept("+") ? constant_of(next(), "address") : 0});
+        expect("]");
       } else {
         add(made, parse_operand(next(), name));
-        if (accept("|")) add(made, parse_operand(next(), name));
+        if (accept("|")) {
+          form = " and predicate";
+          add(made, parse_operand(next(), name));
+        }
       }
       if (!accept(",") && peek() != ";") throw Unknown("operands that cannot be read");
     }
-    // Arguments and results of functions lie in registers, not in memory.
-    const bool of_parameters = name.substr(0, 9) == "ld.param." || name.substr(0, 9) == "st.param.";
-    if (of_parameters && is_slot_) shape = " register";
-    is_slot_ = false;
-    return shape;
+    return form;
   }
 
   void add(Instruction& made, Operand operand) {
@@ -383,9 +381,7 @@ class Parser {
     const std::string text(word);
     for (auto scope = scopes_.rbegin(); scope != scopes_.rend(); ++scope) {
       const auto found = scope->find(text);
-      if (found == scope->end()) continue;
-      if (name == "address" && text[0] != '%' && found->second.index >= 0) is_slot_ = true;
-      return found->second;
+      if (found != scope->end()) return found->second;
     }
     const auto found = program_.shared.find(text);
     if (found == program_.shared.end()) throw Unknown("the machine does not know the operand " + text);
@@ -403,10 +399,7 @@ class Parser {
     const std::string name(next());
     if (accept(",")) {
       expect("(");
-      if (peek() != ")") {
-        do add(made, parse_operand(next(), ""));
-        while (accept(","));
-      }
+      if (peek() != ")") parse_list([&] { add(made, parse_operand(next(), "")); });
       expect(")");
     }
     const auto found = program_.functions.find(name);
@@ -428,20 +421,18 @@ class Parser {
   std::map<std::string, int> labels_;
   std::vector<std::pair<size_t, std::string>> branches_;
   Location where_;
-  bool is_slot_ = false;
 };
 
 }  // namespace
-}  // namespace ptx
 
-std::string ptx::to_string(const Location& where) {
+std::string to_string(const Location& where) {
   std::ostringstream text;
   if (where.source) text << *where.source << ":" << where.line << " ";
   if (where.ptx) text << "(" << *where.ptx << ":" << where.ptx_line << ")";
   return text.str();
 }
 
-void ptx::load(Program& program, const std::string& path) {
+void load(Program& program, const std::string& path) {
   std::ifstream file(path);
   std::ostringstream text;
   text << file.rdbuf();
@@ -452,3 +443,5 @@ void ptx::load(Program& program, const std::string& path) {
     if (!function->is_defined && !is_of_machine(*function)) throw Unknown(path + ": " + name + " is nowhere defined");
   }
 }
+
+}  // namespace ptx

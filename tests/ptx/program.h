@@ -84,8 +84,16 @@ struct Unknown : std::runtime_error {
 // Adds a file to the program. Throws Unknown.
 void load(Program& program, const std::string& path);
 
-// How an instruction of this name is executed, by its full name ("add.rn.f32"); null if there is none.
-Execute instruction_named(const std::string& name);
+// An instruction that the machine knows: how it is executed, how many operands it has, and how many of them, the first
+// ones, are registers that it sets.
+struct Encoding {
+  Execute execute = nullptr;
+  int operands = 0, results = 0;
+};
+
+// The instruction of a full name ("add.rn.f32"), and the form of its operands behind it. `execute` is null if there is
+// none.
+Encoding encoding_named(const std::string& name);
 
 // How a call is executed: of a function of the program, or of one that the machine itself has.
 Execute call_of(const Function& function);

@@ -65,7 +65,7 @@ cudaGraphNode_t add_node(cudaGraph_t graph, std::function<int()> work, const cud
   return reinterpret_cast<cudaGraphNode_t>(graph_of(graph)->add(std::move(work), {nodes, nodes + n}));
 }
 
-cudaError_t launch_by_host(const void* kernel, dim3 grid, dim3 block, void** arguments) {
+cudaError_t launch_registered(const void* kernel, dim3 grid, dim3 block, void** arguments) {
   const auto name = kernel_names().find(kernel);
   if (name == kernel_names().end()) return cudaErrorInvalidDeviceFunction;
   return static_cast<cudaError_t>(
@@ -120,13 +120,13 @@ cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* host) {
   return cudaSuccess;
 }
 cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** arguments, size_t, cudaStream_t) {
-  return launch_by_host(kernel, grid, block, arguments);
+  return launch_registered(kernel, grid, block, arguments);
 }
 
 // ---- what csrc/kernels calls ----
 
 cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 block, void** arguments, size_t, cudaStream_t) {
-  return launch_by_host(kernel, grid, block, arguments);
+  return launch_registered(kernel, grid, block, arguments);
 }
 const char* cudaGetErrorString(cudaError_t) { return "an error"; }
 cudaError_t cudaDriverGetVersion(int* version) {
@@ -193,7 +193,7 @@ cudaError_t cudaGraphAddKernelNode(cudaGraphNode_t* node, cudaGraph_t graph, con
   const auto run = [given = *parameters, copies]() mutable -> int {
     std::vector<void*> arguments;
     for (auto& copy : copies) arguments.push_back(copy.data());
-    return launch_by_host(given.func, given.gridDim, given.blockDim, arguments.data());
+    return launch_registered(given.func, given.gridDim, given.blockDim, arguments.data());
   };
   *node = add_node(graph, run, after, n);
   return cudaSuccess;
