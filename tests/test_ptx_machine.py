@@ -39,13 +39,17 @@ def changed(folder: Path, request: pytest.FixtureRequest, tmp_path: Path) -> Cal
     return run
 
 
-def in_kernel(text: str, name: str, pattern: str, replacement: str) -> str:
-    """The text with the first match in the body of one kernel replaced."""
-    begin = re.search(rf"\.entry \w*{name}\w*\(", text).start()
-    end = text.index("\n}\n", begin)
-    body, n = re.subn(pattern, replacement, text[begin:end], count=1, flags=re.MULTILINE)
-    assert n == 1
-    return text[:begin] + body + text[end:]
+def in_kernels(text: str, name: str, pattern: str, replacement: str) -> str:
+    """The text with the first match replaced in the bodies of all kernels of this name."""
+
+    def change(kernel: str) -> str:
+        if not re.match(rf"\w*{name}\w*\(", kernel):
+            return kernel
+        changed, n = re.subn(pattern, replacement, kernel, count=1, flags=re.MULTILINE)
+        assert n == 1
+        return changed
+
+    return ".entry ".join(map(change, text.split(".entry ")))
 
 
 def squares(kernels: Kernels) -> None:
@@ -90,7 +94,7 @@ def test_a_thread_that_leaves_before_a_shuffle(changed: Callable[..., Kernels]) 
     leave = "{ .reg .b32 %i; .reg .pred %five; mov.u32 %i, %tid.x; setp.eq.s32 %five, %i, 5; @%five ret; }"
 
     def change(text: str) -> str:
-        return in_kernel(text, "residual_kernelIfLb1ELb0E", r"^\s*shfl\.sync", leave + r"\g<0>")
+        return in_kernels(text, "residual_kernelIfLb1E", r"^\s*shfl\.sync", leave + r"\g<0>")
 
     with changed(change) as kernels, pytest.raises(Fault, match="a shuffle that a lane of its mask does not reach"):
         squares(kernels)
@@ -100,9 +104,8 @@ def test_an_alignment_that_is_not_checked(changed: Callable[..., Kernels]) -> No
     """The kernel for aligned arrays in the place of the other one."""
 
     def change(text: str) -> str:
-        aligned, other = (re.search(rf"\.entry (\w*affine_kernelIfLb{i}ELb0E\w*)", text)[1] for i in (1, 0))
-        swapped = {f".entry {aligned}(": f".entry {other}(", f".entry {other}(": f".entry {aligned}("}
-        return re.sub("|".join(map(re.escape, swapped)), lambda found: swapped[found[0]], text)
+        swap = {"0": "1", "1": "0"}
+        return re.sub(r"(\.entry \w*affine_kernelIfLb)([01])", lambda found: found[1] + swap[found[2]], text)
 
     with changed(change) as kernels:
         mean(kernels, torch.randn(3, 8))
@@ -112,8 +115,8 @@ def test_an_alignment_that_is_not_checked(changed: Callable[..., Kernels]) -> No
 
 def test_one_element_too_many(changed: Callable[..., Kernels]) -> None:
     def change(text: str) -> str:
-        cols = r"ld\.param\.u64\s+(%\w+), \[[^]]*\+16\];"  # after dtype and rows
-        return in_kernel(text, "affine_kernelIfLb0ELb0E", cols, r"\g<0> add.s64 \1, \1, 1;")
+        cols = r"ld\.param\.[ub]64\s+(%\w+), \[[^]]*\+16\];"  # after dtype and rows
+        return in_kernels(text, "affine_kernelIfLb0E", cols, r"\g<0> add.s64 \1, \1, 1;")
 
     with changed(change) as kernels, pytest.raises(Fault, match="reads 4 bytes (outside all arrays|.* beyond the end)"):
         mean(kernels, torch.randn(1, 5))
@@ -136,23 +139,46 @@ def test_an_array_that_nothing_wrote(folder: Path) -> None:
             kernels.run("affine", results, {"p": torch.ones(1)}, **kernels.shape(x))
 
 
-def test_a_loop_that_does_not_wait_for_its_step(folder: Path, tmp_path: Path) -> None:
-    """The graph's nodes run in an order that nothing but their dependencies keeps."""
-    source = (ROOT / "csrc/kernels/cuda_graph.cu").read_text()
-    (tmp_path / "cuda_graph.cu").write_text(
-        source.replace("body, &stepping, 1, &condition", "body, nullptr, 0, &condition")
-    )
-    assert (tmp_path / "cuda_graph.cu").read_text() != source
-    run_all([nvcc(tmp_path / "cuda_graph.cu", tmp_path)])
-    link(tmp_path / "driver", [*(set(folder.glob("*.o")) - {folder / "cuda_graph.o"}), tmp_path / "cuda_graph.o"])
-    for driver, ptx, steps in (
-        (folder / "driver", folder / "cuda_graph.compute_90.ptx", 5),
-        (tmp_path / "driver", tmp_path / "cuda_graph.compute_90.ptx", 6),
-    ):
-        with Kernels(driver, ptx) as kernels:
-            flag, count = torch.empty(1, dtype=torch.int32), torch.empty(1, dtype=torch.int32)
-            kernels.run("loop", {"flag": flag, "count": count}, {}, enough=5, launches=1)
-            assert count == steps
+# ---- faults in the host's code ----
+
+
+@pytest.fixture
+def changed_loop(folder: Path, tmp_path: Path) -> Callable[[str, str], Kernels]:
+    """Gives the driver with another cuda_graph.cu."""
+
+    def build(old: str, new: str) -> Kernels:
+        source = (ROOT / "csrc/kernels/cuda_graph.cu").read_text()
+        assert old in source
+        (tmp_path / "cuda_graph.cu").write_text(source.replace(old, new))
+        run_all([nvcc(tmp_path / "cuda_graph.cu", tmp_path)])
+        others = set(folder.glob("*.o")) - {folder / "cuda_graph.o"}
+        link(tmp_path / "driver", [*others, tmp_path / "cuda_graph.o"])
+        return Kernels(tmp_path / "driver", *tmp_path.glob("*90.ptx"))
+
+    return build
+
+
+def steps_of_loop(kernels: Kernels) -> int:
+    flag, count = torch.empty(1, dtype=torch.int32), torch.empty(1, dtype=torch.int32)
+    kernels.run("loop", {"flag": flag, "count": count}, {}, enough=5, launches=1)
+    return int(count)
+
+
+def test_a_loop_that_does_not_wait_for_its_step(changed_loop: Callable[[str, str], Kernels]) -> None:
+    """The nodes of a graph run in an order that nothing but their dependencies keeps."""
+    with changed_loop("body, &stepping, 1, &condition", "body, nullptr, 0, &condition") as kernels:
+        assert steps_of_loop(kernels) == 6
+
+
+def test_a_graph_that_is_not_freed(changed_loop: Callable[[str, str], Kernels]) -> None:
+    with pytest.raises(AssertionError, match="LeakSanitizer"), changed_loop("cudaGraphDestroy(whole);", "") as kernels:
+        assert steps_of_loop(kernels) == 5
+
+
+def test_an_access_of_the_host_beyond_an_array(changed_loop: Callable[[str, str], Kernels]) -> None:
+    beyond = changed_loop("phGraph_out[0]", "phGraph_out[1]")
+    with pytest.raises(AssertionError, match="heap-buffer-overflow"), beyond as kernels:
+        steps_of_loop(kernels)
 
 
 # ---- check by check ----

@@ -19,6 +19,8 @@ HERE = ROOT / "tests" / "ptx"
 SOURCES = sorted((ROOT / "csrc" / "kernels").glob("*.cu"))
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 NVCC_FLAGS: list[str] = ast.literal_eval(re.search(r'nvcc_flags = (\["-.*?\])', (ROOT / "setup.py").read_text())[1])
+if not any(flag.startswith("-std") for flag in NVCC_FLAGS):  # torch adds it
+    NVCC_FLAGS.append("-std=c++17")
 GXX_FLAGS = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off"]
 SANITIZE = ["-fsanitize=address", "-fsanitize=undefined", "-fno-sanitize-recover=all"]
 
@@ -51,7 +53,7 @@ def nvcc(source: Path, folder: Path) -> list[str]:
     wanted = [f"compute_{arch}" for first, others in ARCHITECTURES.items() for arch in (first, *others)]
     targets = [f"-gencode=arch={name},code={name}" for name in wanted if name in known]
     keep = ["--keep", "--keep-dir", str(folder), "--threads", "0"]
-    flags = [*NVCC_FLAGS, "-std=c++17", "-lineinfo", "-Xcompiler", ",".join(SANITIZE), f"-I{ROOT}/csrc"]
+    flags = [*NVCC_FLAGS, "-lineinfo", "-Xcompiler", ",".join(SANITIZE), f"-I{ROOT}/csrc"]
     return [NVCC, *flags, *targets, *keep, "-c", str(source), "-o", str(folder / f"{source.stem}.o")]
 
 
