@@ -23,6 +23,7 @@ from scoresde_ext.ops import Draw
 
 pytestmark = needs_nvcc
 
+Results = tuple[Tensor, ...]
 
 # A chunk is 4 elements (8 of two bytes), a warp 32 of them along a row, a block 256; a tile 1024 elements.
 SHAPES = [
@@ -69,14 +70,32 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).remo
 @every_dtype
 @every_op
 def test_values(op: Op, dtype: torch.dtype, kernels: Kernels) -> None:
-    """Against the reference; and in a grid of one block, whose loops then go over the arrays, or off by one element, or
-    with float64 coefficients, which the kernels round."""
-    changes: list[dict[str, int]] = [{"largest_grid": 1}, {"shift": 1}, {"double": True}]
+    """Against the reference; and off by one element, or with float64 coefficients, which the kernels round, in a grid
+    of one block, whose loops then go over the arrays. Both with rows of whole chunks, and with others."""
+    changes: list[dict[str, Any]] = [{"largest_grid": 1, "double": True}, {"shift": 1}]
     for i, v in enumerate(every_case(op, dtype)):
         results = call(op, kernels.set(), v)
         check(op, v, results, noise_ulp=4)
-        again = call(op, kernels.set(**changes[i % 3]), v)
-        assert all(torch.equal(a, b) for a, b in zip(results, again, strict=True))
+        change = changes[i % 2]
+        assert_same(op, v, call(op, kernels.set(**change), v), results, same_order="shift" not in change)
+
+
+def assert_same(op: Op, v: Arguments, results: Results, others: Results, same_order: bool) -> None:
+    """Bit for bit; but for sums where they are added in another order, which depends on the chunks."""
+    check(op, v, results, noise_ulp=4)
+    for one, other, is_sum in zip(results, others, op.sums, strict=True):
+        assert torch.equal(one, other) or (is_sum and not same_order)
+
+
+@every_op
+def test_any_array_may_be_unaligned(op: Op, kernels: Kernels) -> None:
+    """One at a time: a kernel for aligned arrays would read or write it at a misaligned address."""
+    v = arguments(op, (3, 8), torch.float32)
+    results = call(op, kernels.set(), v)
+    names = sorted({*kernels.seen})
+    assert len(names) > 2
+    for name in names:
+        assert_same(op, v, call(op, kernels.set(shift=1, shifted=name), v), results, same_order=False)
 
 
 @needs_fused_multiply_add
@@ -177,8 +196,8 @@ def test_marginals(dtype: torch.dtype, kernels: Kernels) -> None:
 
 
 @every_dtype
-@pytest.mark.parametrize("shift", [0, 1])
-def test_put(shift: int, dtype: torch.dtype, kernels: Kernels) -> None:
+@pytest.mark.parametrize("shifted", ["", "values", "into"])
+def test_put(shifted: str, dtype: torch.dtype, kernels: Kernels) -> None:
     """Chosen rows; the others keep what the driver had put there."""
     for shape in ((5, 1), (7, 3), (3, 1030), (300, 8)):
         values = torch.randn(shape).to(dtype)
@@ -186,7 +205,8 @@ def test_put(shift: int, dtype: torch.dtype, kernels: Kernels) -> None:
         for chosen in (torch.arange(shape[0]) % 3 == 1, torch.tensor([True]), torch.tensor([False])):
             into, stride = torch.empty_like(values), int(len(chosen) > 1)
             numbers = kernels.shape(values) | {"chosen_stride": stride}
-            kernels.set(shift=shift).run("put", {"into": into}, {"values": values, "chosen": chosen}, **numbers)
+            arrays = {"values": values, "chosen": chosen}
+            kernels.set(shift=int(shifted != ""), shifted=shifted).run("put", {"into": into}, arrays, **numbers)
             assert torch.equal(into, torch.where(chosen[:, None], values, before))
 
 
@@ -337,7 +357,7 @@ def test_every_kernel_is_launched(folder: Path, ptx: list[Path]) -> None:
             for lines in (1, 2, 3, 4):
                 for _, v in itertools.islice(stage_cases(dtype, lines, [(3, 7), (3, 8)]), 0, None, 3):
                     kernels.set().stage(**v)
-            test_put(0, dtype, kernels)
+            test_put("", dtype, kernels)
         for shape in ((2, 3, 4, 8), (3, 5, 3, 7)):
             for name in ("affine_noise", "score_loss"):
                 test_noise_of_channels_last(name, shape, kernels)

@@ -45,9 +45,9 @@ def as_bytes(t: Tensor) -> bytes:
 class Kernels:
     """A driver process, with the functions of ``scoresde_ext.ops`` as the CUDA kernels answer them.
 
-    ``shift``: all arrays lie this many elements off an aligned address. ``double``: coefficients are float64 for all
-    arrays. ``channels``, if not 0: rows lie in memory as (pixels, channels), and noise is for (channels, pixels).
-    ``settings``: of the machine, see its header.
+    ``shift``: all arrays, or the one that ``shifted`` names, lie this many elements off an aligned address. ``double``:
+    coefficients are float64 for all arrays. ``channels``, if not 0: rows lie in memory as (pixels, channels), and noise
+    is for (channels, pixels). ``settings``: of the machine, see its header. ``seen``: names of arrays since ``set``.
     """
 
     def __init__(self, driver: Path, *ptx: Path) -> None:
@@ -70,8 +70,12 @@ class Kernels:
         errors = self.process.communicate()[1]
         assert self.process.returncode == 0, errors.decode()
 
-    def set(self, shift: int = 0, double: bool = False, channels: int = 0, **settings: int) -> "Kernels":
-        self.shift, self.double, self.channels, self.settings = shift, double, channels, settings
+    def set(
+        self, shift: int = 0, shifted: str = "", double: bool = False, channels: int = 0, **settings: int
+    ) -> "Kernels":
+        self.shift, self.shifted, self.double, self.channels = shift, shifted, double, channels
+        self.settings = settings
+        self.seen: list[str] = []
         return self
 
     def ask(self, request: bytes) -> str:
@@ -113,7 +117,9 @@ class Kernels:
                     else:
                         request += b"poke %b %d %d\n%b" % (name, start, part.nbytes, as_bytes(part))
             elif array is not None:
-                command = b"%b %d %d\n" % (name, array.nbytes, self.shift * array.element_size())
+                self.seen.append(key)
+                shift = self.shift if self.shifted in ("", key) else 0
+                command = b"%b %d %d\n" % (name, array.nbytes, shift * array.element_size())
                 request += b"result " + command if key in results else b"array " + command + as_bytes(array)
         answer = self.ask(request + b"run %b\n" % kernel.encode())
         if answer.startswith("fault "):
