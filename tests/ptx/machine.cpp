@@ -155,7 +155,8 @@ void Machine::launch(const Function& kernel, Size grid, Size block, void** argum
   for (size_t i = 0; i < kernel.parameters.size(); ++i) {
     std::memcpy(memory + kernel.parameters[i].at, arguments[i], kernel.parameters[i].bytes);
   }
-  parameters_ = Region("the parameters", first_address, memory, kernel.parameter_bytes, true);
+  // Not watched: all of them are written, and no instruction writes them.
+  parameters_ = Region("the parameters", first_address, memory, kernel.parameter_bytes, true, false);
   grid.x = std::min(grid.x, largest_grid), grid.y = std::min(grid.y, largest_grid);
   launched.insert(kernel.name);
   ++launches_;
