@@ -30,7 +30,6 @@ ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "docs" / "versions.md"
 # The last release of each minor version, and the Pythons that PyTorch builds it for.
 PYTHONS = {
-    "2.4.1": ("3.10", "3.11", "3.12"),
     "2.5.1": ("3.10", "3.11", "3.12", "3.13"),
     "2.6.0": ("3.10", "3.11", "3.12", "3.13"),
     "2.7.1": ("3.10", "3.11", "3.12", "3.13"),

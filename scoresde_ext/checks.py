@@ -23,12 +23,7 @@ Result = TypeVar("Result")
 
 def recorded() -> bool:
     """Whether calls are recorded by torch.compile, torch.export or the like: then tensors have no values yet."""
-    return torch.compiler.is_compiling() or (is_in_torch_dispatch_mode() and _modes() > 0)
-
-
-def _modes() -> int:
-    """How many dispatch modes there are: torch 2.4 goes on to say that there is one after the first compilation."""
-    return torch._C._len_torch_dispatch_stack() + torch._ops._len_torch_dispatch_stack_pre_dispatch()
+    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
 
 
 def transformed() -> bool:

@@ -736,5 +736,4 @@ def _register_vmap() -> None:
         batched(getattr(_traced, name).default)
 
 
-if hasattr(torch.library, "register_vmap"):  # torch 2.4 has none, and calls the operators one by one
-    _register_vmap()
+_register_vmap()

@@ -173,20 +173,8 @@ def read_torch_file(
     path: str | os.PathLike[str] | IO[bytes], device: torch.device | str, mmap: bool | None = None
 ) -> Any:
     """What torch.save wrote, read by ``weights_only``; upstream's numpy number is allowed beside."""
-    with _allowing(_NUMPY_NUMBER):
+    with torch.serialization.safe_globals(_NUMPY_NUMBER):
         return torch.load(path, map_location=device, weights_only=True, mmap=mmap)
-
-
-@contextmanager
-def _allowing(types: list[Any]) -> Iterator[None]:
-    """``torch.serialization.safe_globals``, which torch 2.4 lacks."""
-    before = list(torch.serialization.get_safe_globals())
-    torch.serialization.add_safe_globals(types)
-    try:
-        yield
-    finally:
-        torch.serialization.clear_safe_globals()
-        torch.serialization.add_safe_globals(before)
 
 
 _NUMPY_SCALAR = np.float64(0.0).__reduce__()[0]  # the function that rebuilds a pickled numpy number
