@@ -1,7 +1,7 @@
 """Builds the extension and runs its tests on every promised pair of torch and Python: the table of docs/versions.md.
 
-    python .ci/versions.py                          all pairs, the whole suite: hours; for every night
-    python .ci/versions.py --torch 2.11.0 --python 3.11 -- tests/test_ops_values.py -q
+    python .ci/versions.py --write                  all of PAIRS, the whole suite: three hours; for every night
+    python .ci/versions.py --torch 2.11.0 --python 3.11 -- tests/test_ops_values.py
 
 For each pair: the committed files in a folder of their own, torch in another (a CPU build where pip finds one; else the
 CUDA build without NVIDIA's packages, over the stand-ins of stand_ins.py), the other packages at constraints.txt's
@@ -12,7 +12,6 @@ makes the exit status 1. Interpreters are looked for on PATH and among pyenv's. 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import re
@@ -28,19 +27,20 @@ import stand_ins
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "docs" / "versions.md"
-# The last release of each minor version, and the Pythons that PyTorch builds it for.
-PYTHONS = {
-    "2.5.1": ("3.10", "3.11", "3.12", "3.13"),
-    "2.6.0": ("3.10", "3.11", "3.12", "3.13"),
-    "2.7.1": ("3.10", "3.11", "3.12", "3.13"),
-    "2.8.0": ("3.10", "3.11", "3.12", "3.13"),
-    "2.9.1": ("3.10", "3.11", "3.12", "3.13"),
-    "2.10.0": ("3.10", "3.11", "3.12", "3.13"),
-    "2.11.0": ("3.10", "3.11", "3.12", "3.13"),
-    "2.12.1": ("3.10", "3.11", "3.12", "3.13"),
-    "2.13.0": ("3.10", "3.11", "3.12", "3.13"),
-    "2.14.1": ("3.10", "3.11", "3.12", "3.13"),
-    "2.15.0": ("3.10", "3.11", "3.12", "3.13"),
+# Every minor version of torch that is promised, by its last release, with the Pythons it is tried on: all of them for
+# the one of constraints.txt, and for the others one each. What else exists, --torch and --python ask for.
+PAIRS = {
+    "2.5.1": ["3.10"],
+    "2.6.0": ["3.11"],
+    "2.7.1": ["3.12"],
+    "2.8.0": ["3.13"],
+    "2.9.1": ["3.11"],
+    "2.10.0": ["3.12"],
+    "2.11.0": ["3.12"],
+    "2.12.1": ["3.13"],
+    "2.13.0": ["3.10", "3.11", "3.12", "3.13"],
+    "2.14.1": ["3.11"],
+    "2.15.0": ["3.12"],
 }
 
 
@@ -135,18 +135,19 @@ def rows(results: dict[str, Any]) -> list[str]:
     def order(name: str) -> list[int]:
         return [int(n) for n in re.findall(r"\d+", name)]
 
-    table = ["| torch | Python | result | minutes | commit |", "|---|---|---|---|---|"]
+    table = ["| torch | Python | tests | result | minutes | commit |", "|---|---|---|---|---:|---|"]
     for name in sorted(results, key=order):
         found = results[name]
         torch, python = name.split()
-        table.append(f"| {torch} | {python} | {found['result']} | {found['minutes']:.0f} | {found['commit']} |")
+        cells = (torch, python, found["tests"], found["result"], f"{found['minutes']:.0f}", found["commit"])
+        table.append(f"| {' | '.join(cells)} |")
     return table
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--torch", nargs="+", default=list(PYTHONS), help="versions of torch (default: all)")
-    parser.add_argument("--python", nargs="+", default=["3.10", "3.11", "3.12", "3.13"], help="versions of Python")
+    parser.add_argument("--torch", nargs="+", default=list(PAIRS), help="versions of torch (default: all)")
+    parser.add_argument("--python", nargs="+", help="versions of Python (default: those that PAIRS has for it)")
     parser.add_argument("--folder", type=Path, default=ROOT / "out" / "versions", help="where all is installed")
     parser.add_argument("--write", action="store_true", help="put the table into docs/versions.md")
     parser.add_argument("arguments", nargs="*", help="for pytest (default: the whole suite)")
@@ -157,15 +158,14 @@ def main() -> int:
     kept = options.folder / "results.json"
     results = json.loads(kept.read_text()) if kept.exists() else {}
     failed = False
-    for torch, python in itertools.product(options.torch, options.python):
-        if python not in PYTHONS.get(torch, options.python):
-            continue
+    for torch, python in ((t, p) for t in options.torch for p in options.python or PAIRS[t]):
         since = time.monotonic()
         result = try_pair(options.folder, python, torch, commit, options.arguments)
         failed |= not re.match(r"\d+ passed", result)
         minutes = (time.monotonic() - since) / 60
         print(f"torch {torch}, Python {python}: {result} ({minutes:.1f} minutes)", flush=True)
-        results[f"{torch} {python}"] = {"result": result, "minutes": minutes, "commit": commit}
+        suite = " ".join(options.arguments) or "all"
+        results[f"{torch} {python}"] = {"result": result, "tests": suite, "minutes": minutes, "commit": commit}
         kept.write_text(json.dumps(results, indent=1))
     table = "\n".join(rows(results))
     print(table)
