@@ -18,9 +18,10 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 HERE = ROOT / "tests" / "ptx"
 SOURCES = sorted((ROOT / "csrc" / "kernels").glob("*.cu"))
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
-NVCC_FLAGS: list[str] = ast.literal_eval(re.search(r'nvcc_flags = (\["-.*?\])', (ROOT / "setup.py").read_text())[1])
-if not any(flag.startswith("-std") for flag in NVCC_FLAGS):  # torch adds it
-    NVCC_FLAGS.append("-std=c++17")
+NVCC_FLAGS: list[str] = [
+    "-std=c++17",
+    *ast.literal_eval(re.search(r'nvcc_flags = (\["-.*?\])', (ROOT / "setup.py").read_text())[1]),
+]
 GXX_FLAGS = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off"]
 SANITIZE = ["-fsanitize=address", "-fsanitize=undefined", "-fno-sanitize-recover=all"]
 
