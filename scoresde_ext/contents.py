@@ -99,8 +99,9 @@ _CONSTANTS: tuple[type, ...] = (
 )
 # Modules whose objects decide nothing about numbers, or follow from what is looked at elsewhere: compiled code.
 _INERT = (
-    *("logging.", "_abc.", "re.", "typing.", "pathlib.", "datetime.", "decimal.", "triton.", "torch.cuda.", "torch.fx."),
-    *("torch._dynamo.", "torch._inductor.", "torch._functorch.", "torch._ops.", "torch._library."),
+    *("logging.", "_abc.", "re.", "typing.", "pathlib.", "datetime.", "decimal.", "triton."),
+    *("torch.cuda.", "torch.fx.", "torch._dynamo.", "torch._inductor.", "torch._functorch.", "torch._ops."),
+    "torch._library.",
 )
 # What is called without its name in any code, but not by a network that runs.
 _CONSTRUCTION = frozenset(
