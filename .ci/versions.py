@@ -48,10 +48,10 @@ class Failed(Exception):
     """What failed, in words."""
 
 
-def run(log: Path, *command: str | Path, cwd: Path = ROOT, **environment: str) -> str:
+def run(log: Path, *command: str | Path, cwd: Path = ROOT, **variables: str) -> str:
     """Runs a command; what it printed, which is added to the log."""
     done = subprocess.run(
-        command, cwd=cwd, env=os.environ | environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        command, cwd=cwd, env=os.environ | variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
     with log.open("a") as file:
         file.write(f"$ {' '.join(map(str, command))}\n{done.stdout}\n")
@@ -60,7 +60,7 @@ def run(log: Path, *command: str | Path, cwd: Path = ROOT, **environment: str) -
     return done.stdout
 
 
-def interpreter(version: str) -> str:
+def find_python(version: str) -> str:
     pyenv = sorted(Path.home().glob(f".pyenv/versions/{version}.*/bin/python"))
     for candidate in (shutil.which(f"python{version}"), *map(str, pyenv)):
         if candidate and subprocess.run([candidate, "--version"], capture_output=True).returncode == 0:
@@ -72,7 +72,7 @@ def packages(folder: Path, python: str, log: Path) -> Path:
     """An environment with everything but torch; its interpreter."""
     home = folder / f"python{python}"
     if not (home / "done").exists():
-        run(log, interpreter(python), "-m", "venv", "--clear", home)
+        run(log, find_python(python), "-m", "venv", "--clear", home)
         pinned = [
             line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("torch==")
         ]
@@ -80,6 +80,15 @@ def packages(folder: Path, python: str, log: Path) -> Path:
         run(log, home / "bin/python", "-m", "pip", "install", "--no-deps", "-r", home / "pinned.txt")
         (home / "done").touch()
     return home / "bin/python"
+
+
+def environment(home: Path, python: Path, log: Path) -> Path:
+    """An environment of the pair's own, which looks for torch and for the packages in their folders; its interpreter."""
+    run(log, python, "-m", "venv", "--clear", "--without-pip", home / "environment")
+    (site,) = (home / "environment").glob("lib/python*/site-packages")
+    (of_packages,) = (python.parent.parent).glob("lib/python*/site-packages")
+    (site / "paths.pth").write_text(f"{home / 'torch'}\n{of_packages}\n")
+    return home / "environment" / "bin" / "python"
 
 
 def install_torch(home: Path, python: Path, version: str, log: Path) -> None:
@@ -108,18 +117,15 @@ def try_pair(folder: Path, python: str, torch: str, commit: str, arguments: list
         checkout.mkdir(exist_ok=True)  # objects of an earlier run are used again: the files keep their time of change
         archive = subprocess.run(["git", "archive", commit], cwd=ROOT, check=True, stdout=subprocess.PIPE).stdout
         subprocess.run(["tar", "-x", "-C", checkout], input=archive, check=True)
-        environment = {
-            "PYTHONPATH": f"{home / 'torch'}{os.pathsep}{checkout}",
-            "LD_LIBRARY_PATH": str(home / "stand_ins"),
-            "PATH": f"{of_python.parent}{os.pathsep}{os.environ['PATH']}",
-        }
+        interpreter = environment(home, of_python, log)
+        libraries = str(home / "stand_ins")
         step = "does not build"
         run(
-            log, of_python, "setup.py", "build_ext", "--inplace",
-            cwd=checkout, SCORESDE_EXT_CUDA="0", MAX_JOBS=str(os.cpu_count()), **environment,
+            log, interpreter, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", ".",
+            cwd=checkout, LD_LIBRARY_PATH=libraries, SCORESDE_EXT_CUDA="0", MAX_JOBS=str(os.cpu_count()),
         )  # fmt: skip
         step = "tests failed"
-        said = run(log, of_python, "-m", "pytest", "-n", "2", *arguments, cwd=checkout, **environment)
+        said = run(log, interpreter, "-m", "pytest", "-n", "2", *arguments, cwd=checkout, LD_LIBRARY_PATH=libraries)
     except Failed as failed:
         last = str(failed).strip().splitlines()[-1] if step == "tests failed" else first_error(str(failed))
         return f"{step}: {last.strip('= ')}"

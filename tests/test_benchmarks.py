@@ -348,7 +348,8 @@ def test_speed_writes_all_results(tmp_path: Path) -> None:
         lines = list(csv.DictReader(file))
     assert len(lines) == len(measured) and {line["best"] for line in lines} == {"0.0005", "0.001"}
     assert "| 1024 | 1.00 |" in (tmp_path / "speed.md").read_text()  # 2,048 digits in 2 s, where the error is 1e-3
-    assert json.loads((tmp_path / "speed.json").read_text())["environment"]["versions"]["torch"] == torch.__version__
+    environment = json.loads((tmp_path / "speed.json").read_text())["environment"]
+    assert torch.__version__.startswith(environment["versions"]["torch"])  # of a CUDA build, it says more
     for plot in ("speed.png", "sizes.png", "digits.png"):
         assert (tmp_path / plot).read_bytes().startswith(b"\x89PNG")
 
@@ -376,7 +377,7 @@ def test_a_run_writes_all_results(tmp_path: Path) -> None:
     assert {line["sde"] for line in lines} == {"VP", "sub-VP", "VE"}
     assert all(0 < float(line["rms"]) < 1 and int(line["calls"]) >= 12 for line in lines)
     environment = json.loads((tmp_path / "solvers.json").read_text())["environment"]
-    assert environment["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(environment["versions"]["torch"])
     assert environment["threads"] == torch.get_num_threads()
     assert (tmp_path / "solvers.md").read_text().count(solvers.BASELINE) >= 2
     for plot in ("solvers.png", "solvers-spread.png"):

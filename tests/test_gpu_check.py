@@ -619,8 +619,8 @@ def test_marked_tests_file_by_file(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_tests_that_hang_are_interrupted(tmp_path: Path) -> None:
     path, suites = tmp_path / "test_a.py", xml.Element("testsuites")
     path.write_text(MARKED + "def test_right(): pass\ndef test_hangs(): time.sleep(600)\n")
-    with pytest.raises(Failed, match="stopped after 4 s: .*1 passed"):
-        tools.test_file(Report(tmp_path, 60, rehearse=False), path, 4.0, suites)
+    with pytest.raises(Failed, match="stopped after 12 s: .*1 passed"):
+        tools.test_file(Report(tmp_path, 60, rehearse=False), path, 12.0, suites)
     assert next(suites.iter("testcase")).get("name") == "test_right"
 
 

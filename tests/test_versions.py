@@ -48,7 +48,7 @@ def test_what_failed_is_named() -> None:
     said = "[1/2] c++ a.cpp\na.cpp:3:6: error: no type named 'type_identity'\nninja: build stopped\n"
     assert VERSIONS["first_error"](said) == "a.cpp:3:6: error: no type named 'type_identity'"
     with pytest.raises(VERSIONS["Failed"], match="there is no python9.9"):
-        VERSIONS["interpreter"]("9.9")
+        VERSIONS["find_python"]("9.9")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="stand-ins are ELF libraries")
