@@ -83,7 +83,7 @@ def packages(folder: Path, python: str, log: Path) -> Path:
 
 
 def environment(home: Path, python: Path, log: Path) -> Path:
-    """An environment of the pair's own, which looks for torch and for the packages in their folders; its interpreter."""
+    """An environment of the pair's own, which finds torch and the packages in their folders; its interpreter."""
     run(log, python, "-m", "venv", "--clear", "--without-pip", home / "environment")
     (site,) = (home / "environment").glob("lib/python*/site-packages")
     (of_packages,) = (python.parent.parent).glob("lib/python*/site-packages")
@@ -118,14 +118,17 @@ def try_pair(folder: Path, python: str, torch: str, commit: str, arguments: list
         archive = subprocess.run(["git", "archive", commit], cwd=ROOT, check=True, stdout=subprocess.PIPE).stdout
         subprocess.run(["tar", "-x", "-C", checkout], input=archive, check=True)
         interpreter = environment(home, of_python, log)
-        libraries = str(home / "stand_ins")
+        variables = {
+            "LD_LIBRARY_PATH": str(home / "stand_ins"),
+            "PATH": f"{of_python.parent}{os.pathsep}{os.environ['PATH']}",  # ninja
+        }
         step = "does not build"
         run(
             log, interpreter, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", ".",
-            cwd=checkout, LD_LIBRARY_PATH=libraries, SCORESDE_EXT_CUDA="0", MAX_JOBS=str(os.cpu_count()),
+            cwd=checkout, SCORESDE_EXT_CUDA="0", MAX_JOBS=str(os.cpu_count()), **variables,
         )  # fmt: skip
         step = "tests failed"
-        said = run(log, interpreter, "-m", "pytest", "-n", "2", *arguments, cwd=checkout, LD_LIBRARY_PATH=libraries)
+        said = run(log, interpreter, "-m", "pytest", "-n", "2", *arguments, cwd=checkout, **variables)
     except Failed as failed:
         last = str(failed).strip().splitlines()[-1] if step == "tests failed" else first_error(str(failed))
         return f"{step}: {last.strip('= ')}"
