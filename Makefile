@@ -12,7 +12,7 @@ ARGS ?=
 export MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test benchmark gpu-check lint format build clean
+.PHONY: help demo test benchmark gpu-check versions lint format build clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -32,6 +32,9 @@ benchmark: $(EXTENSION) ## measure, and write README's numbers: 40 minutes on tw
 
 gpu-check: ## on a GPU: build, test, sanitize and measure in ten minutes, with the Python that has a CUDA torch (ARGS=--rehearse: on a CPU)
 	$(PYTHON) -m benchmarks.gpu_check $(ARGS)
+
+versions: ## build and test every promised torch and Python, and write docs/versions.md: three hours (ARGS="--torch 2.11.0": a part)
+	$(PYTHON) .ci/versions.py --write $(ARGS)
 
 lint: $(DEPENDENCIES) ## check style and types: ruff, clang-format, mypy
 	$(RUN) -m ruff check .
