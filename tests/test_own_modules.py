@@ -553,13 +553,15 @@ def test_an_sde_derived_from_ours_keeps_the_documented_convention(beside_us: Sim
     torch.testing.assert_close(score_fn(x, TIMES), network(x, TIMES))
 
 
-@pytest.mark.torch("2.12")  # what is looked at outside of the graph may be an object
 @pytest.mark.parametrize("whose", ["our SDE", "their SDE"])
-def test_losses_compile_beside_the_programs_own_modules(whose: str, beside_us: SimpleNamespace) -> None:
+@pytest.mark.parametrize("fullgraph", [False, pytest.param(True, marks=pytest.mark.torch("2.12"))])
+def test_losses_compile_beside_the_programs_own_modules(
+    fullgraph: bool, whose: str, beside_us: SimpleNamespace
+) -> None:
     """What is looked at in its modules is looked at outside of the graph."""
     sde = (sde_lib if whose == "our SDE" else beside_us.sde_lib).VPSDE(0.1, 5.0, 8)
     loss_fn, x = losses.get_sde_loss_fn(sde, False), normals(*SHAPE)
-    compiled = torch.compile(lambda x: loss_fn(Module(), x), backend="eager", fullgraph=True)
+    compiled = torch.compile(lambda x: loss_fn(Module(), x), backend="eager", fullgraph=fullgraph)
     results = []
     for function in (compiled, lambda x: loss_fn(Module(), x)):
         with noise.seeds(0, range(4)):
