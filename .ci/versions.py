@@ -105,6 +105,18 @@ def install_torch(home: Path, python: Path, version: str, log: Path) -> None:
     (home / "torch_done").touch()
 
 
+def check_out(folder: Path, commit: str) -> None:
+    """The files of a commit, and of an earlier run only what it compiled."""
+    folder.mkdir(exist_ok=True)
+    for path in folder.iterdir():
+        if path.is_dir() and path.name != "build":
+            shutil.rmtree(path)
+        elif path.is_file():
+            path.unlink()
+    archive = subprocess.run(["git", "archive", commit], cwd=ROOT, check=True, stdout=subprocess.PIPE).stdout
+    subprocess.run(["tar", "-x", "-C", folder], input=archive, check=True)
+
+
 def try_pair(folder: Path, python: str, torch: str, commit: str, arguments: list[str]) -> str:
     """What came of it: pytest's last line, or what failed."""
     home = folder / f"python{python}-torch{torch}"
@@ -114,9 +126,7 @@ def try_pair(folder: Path, python: str, torch: str, commit: str, arguments: list
     try:
         step, of_python = "its packages do not install", packages(folder, python, log)
         install_torch(home, of_python, torch, log)
-        checkout.mkdir(exist_ok=True)  # objects of an earlier run are used again: the files keep their time of change
-        archive = subprocess.run(["git", "archive", commit], cwd=ROOT, check=True, stdout=subprocess.PIPE).stdout
-        subprocess.run(["tar", "-x", "-C", checkout], input=archive, check=True)
+        check_out(checkout, commit)
         interpreter = environment(home, of_python, log)
         variables = {
             "LD_LIBRARY_PATH": str(home / "stand_ins"),
