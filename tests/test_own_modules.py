@@ -668,5 +668,5 @@ def test_unknown_predictors_and_correctors_are_told_what_there_is() -> None:
         KeyError, match=r"predictor: expected .* one \(.*ancestral_sampling.*euler_maruyama.*\), got 'euler'"
     ):
         sampling.get_predictor("euler")
-    with pytest.raises(KeyError, match=r"corrector: expected .* one \(.*ald, langevin.*\), got 'Langevin'"):
+    with pytest.raises(KeyError, match=r"corrector: expected .* one \(.*ald.* langevin.*\), got 'Langevin'"):
         sampling.get_corrector("Langevin")

@@ -43,6 +43,7 @@ def run(
     process = subprocess.Popen(
         command, cwd=ROOT, env=os.environ | added, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
         start_new_session=True,
+        preexec_fn=_hear_interrupts,
     )  # fmt: skip
     try:
         late = not _ends(process, seconds, enough)
@@ -82,6 +83,11 @@ def called(
         echo()
         output.seek(0)
         return ended, output.read().decode(errors="replace")
+
+
+def _hear_interrupts() -> None:
+    """What a shell starts in the background ignores SIGINT, and so would all that it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _ends(process: subprocess.Popen[bytes], seconds: float, enough: Callable[[], object] = lambda: False) -> bool:
