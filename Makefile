@@ -33,7 +33,7 @@ benchmark: $(EXTENSION) ## measure, and write README's numbers: 40 minutes on tw
 gpu-check: ## on a GPU: build, test, sanitize and measure in ten minutes, with the Python that has a CUDA torch (ARGS=--rehearse: on a CPU)
 	$(PYTHON) -m benchmarks.gpu_check $(ARGS)
 
-versions: ## build and test every promised torch and Python, and write docs/versions.md: three hours (ARGS="--torch 2.11.0": a part)
+versions: ## build and test every promised torch and Python, and write docs/versions.md: two hours (ARGS="--torch 2.11.0": a part)
 	$(PYTHON) .ci/versions.py --write $(ARGS)
 
 lint: $(DEPENDENCIES) ## check style and types: ruff, clang-format, mypy

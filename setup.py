@@ -21,7 +21,7 @@ import setuptools
 from setuptools import Extension, setup
 
 SETUPTOOLS_NEEDED = 77
-TORCH_NEEDED = (2, 5)
+TORCH_NEEDED = (2, 11)
 CUDA_GENERATIONS = (7, 8, 9, 10, 12)  # majors of the architectures that are compiled by default
 
 # Before setup() reads pyproject.toml, of which an older one says in a hundred lines that it does not understand it.

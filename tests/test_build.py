@@ -188,14 +188,14 @@ def test_without_torch_the_build_says_what_to_install(setup_py, monkeypatch):
 
 
 def test_a_torch_too_old_is_named(setup_py, monkeypatch):
-    monkeypatch.setattr(torch, "__version__", "2.4.1+cu121")
-    with pytest.raises(SystemExit, match=r"torch >= 2\.5.*2\.4\.1\+cu121"):
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cu128")
+    with pytest.raises(SystemExit, match=r"torch >= 2\.11.*2\.9\.1\+cu128"):
         setup_py()
 
 
 @pytest.mark.parametrize(
     "version, standard",
-    [("2.5.1+cu124", "-std=c++17"), ("2.13.0+cpu", "-std=c++17"), ("2.14.1+cu130", "-std=c++20")],
+    [("2.11.0+cu130", "-std=c++17"), ("2.13.0+cpu", "-std=c++17"), ("2.14.1+cu130", "-std=c++20")],
 )
 def test_the_sources_are_compiled_by_the_oldest_standard_that_torch_allows(
     setup_py, toolkit, monkeypatch, version, standard
