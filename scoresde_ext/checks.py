@@ -77,7 +77,8 @@ def as_whole(value: Any) -> int | None:
     None for anything else, bools included."""
     if type(value) is int:
         return value
-    if isinstance(value, bool) or getattr(value, "dtype", None) is torch.bool or getattr(value, "shape", ()) != ():
+    dtype = getattr(value, "dtype", None)
+    if isinstance(value, (bool, np.bool_)) or dtype is torch.bool or getattr(value, "shape", ()) != ():
         return None
     try:
         return operator.index(value)
