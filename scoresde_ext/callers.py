@@ -56,7 +56,7 @@ def untraced(function: Function) -> Function:
 def constant_when_compiled(function: Function) -> Function:
     """``torch.compiler.assume_constant_result``, which takes seconds to import: the mark that it leaves. Before torch
     2.12 arguments may not be objects: there the graph ends, and another one begins behind the call."""
-    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12):
+    if torch.__version__ < "2.12":
         return untraced(function)
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function

@@ -282,7 +282,7 @@ class Uncapturable(Exception):
 
 
 class Changes(Uncapturable):
-    """It is another one each time."""
+    """What the step depends on is something else each time."""
 
 
 def _as_bytes(state: Any) -> bytes:

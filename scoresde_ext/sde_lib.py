@@ -644,7 +644,9 @@ PROCESSES: dict[type, tuple[str, str, str]] = {
 }
 
 
-_METHODS = tuple({name for cls in PROCESSES for name in dir(cls) if name[0] != "_" and callable(getattr(cls, name))})
+_METHODS = tuple(
+    sorted({name for cls in PROCESSES for name in dir(cls) if name[0] != "_" and callable(getattr(cls, name))})
+)
 
 
 def takes_numbers(sde: Any) -> bool:

@@ -3,19 +3,13 @@
 Needs no GPU. The flags are setup.py's, with csrc alone on the include path.
 """
 
-import ast
 import re
-import shutil
 import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
-SOURCES = sorted((ROOT / "csrc").rglob("*.cu"))
-NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+from ptx.build import NVCC, NVCC_FLAGS, ROOT, SOURCES
 
 # The code is the same for all architectures. nvcc's first stage makes the same PTX of it for all of a family, by which
 # the family is called; the second, ptxas, is run for each architecture.
@@ -111,7 +105,6 @@ class Compiled(NamedTuple):
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     folder = tmp_path_factory.mktemp("cuda_compile")
-    flags = ast.literal_eval(re.search(r'nvcc_flags = (\["-.*?\])', (ROOT / "setup.py").read_text())[1])
     running = {}
     for source in SOURCES:
         for family, archs in FAMILIES.items():
@@ -120,7 +113,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
             codes = ",".join(f"sm_{arch}" for arch in archs)
             generate = ["-gencode", f"arch=compute_{family},code=[{codes}]", "-Xptxas", "-v", "-fatbin"]
             keep = ["--keep", "--keep-dir", kept, "-o", kept / "fatbin"]
-            command = [NVCC, *flags, "-std=c++17", f"-I{ROOT}/csrc", source, *generate, *keep]
+            command = [NVCC, *NVCC_FLAGS, f"-I{ROOT}/csrc", source, *generate, *keep]
             pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
             running[family, kept / f"{source.stem}.ptx"] = subprocess.Popen(command, **pipes)
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.gpu_check.smoke import Net
 from scoresde_ext import graphs, integrate, losses, noise, ops, sampling, sde_lib
 from scoresde_ext.integrate.multistep import Adaptive
 from scoresde_ext.integrate.runge_kutta import PerSample
@@ -40,15 +41,6 @@ def plain_float32() -> Iterator[None]:
     torch.backends.cudnn.allow_tf32 = False
     yield
     torch.backends.cudnn.allow_tf32 = True
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(nn.Linear(6, 32), nn.SiLU(), nn.Linear(32, 6))
-
-    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
-        return 0.3 * x + self.layers(x) + 1e-3 * labels[:, None]
 
 
 def make(graph: str, device: Any = DEVICE, **options: Any) -> Any:
